@@ -1,0 +1,340 @@
+"""GradESCallback: Trainer's events drive the engine. All decisions are the engine's; this file is only the adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import trainer_callback as transformers_callbacks
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.training_args import ParallelMode
+
+from .config import GradESConfig
+from .engine import GradES
+from .freezer import parameter_indices, unwrap_optimizer
+from .history import FILE_NAME, History
+
+logger = logging.getLogger(__name__)
+
+# Under this key the tensors that the statistic compares with travel in the optimizer's part of a checkpoint.
+PREVIOUS_KEY = "grades_previous"
+
+# The callback that a user made for a model: `restore_callback_states_from_checkpoint` replaces it by a copy.
+_made_by_user: WeakKeyDictionary[nn.Module, ref[GradESCallback]] = WeakKeyDictionary()
+
+
+class GradESCallback(TrainerCallback, ExportableState):
+    """GradES for `transformers.Trainer` and every trainer derived from it.
+
+    ```python
+    trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[GradESCallback(tau=0.5)])
+    trainer.train()
+    ```
+
+    Args:
+        config: The options, as a `GradESConfig` or a dict of its fields.
+        **options: Single options by name; they override `config`.
+
+    Attributes:
+        engine: The `GradES` engine of the current or last `train()`; None before the first.
+
+    The history goes to `<output_dir>/grades_history.json`. A resumed run goes on exactly: the frozen set and the
+    counters are in the checkpoint's trainer_state.json, the tensors of the step before in its optimizer.pt.
+
+    Raises:
+        ValueError: an option that cannot be, or that does not go together with the training arguments; before
+            training starts.
+    """
+
+    def __init__(self, config: GradESConfig | Mapping[str, Any] | None = None, **options: Any) -> None:
+        if config is None:
+            self.config = GradESConfig(**options)
+        elif isinstance(config, GradESConfig):
+            self.config = dataclasses.replace(config, **options)
+        elif isinstance(config, Mapping):
+            self.config = GradESConfig(**{**config, **options})
+        else:
+            raise ValueError(
+                f"config={config!r} must be a GradESConfig or a dict of its fields; a threshold goes by name: "
+                "GradESCallback(tau=0.5)."
+            )
+        self.engine: GradES | None = None
+        self.checkpoint: dict[str, Any] | None = None  # set by Trainer when it restores callbacks from a checkpoint
+        self._optimizer_hook: RemovableHandle | None = None
+        self._over = False  # resumed from the end of a finished run
+        self._skip_start_evaluation = False
+        self._history_path: Path | None = None
+        self._last_write = 0.0
+        self._write_seconds = 0.0
+
+    # --- Trainer's events, in the order in which they come --------------------------------------------------------
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model = kwargs.get("model")
+        if model is not None:
+            GradES.release(model)  # an interrupted run may have left it half frozen, and the optimizer comes next
+            _made_by_user[model] = ref(self)
+        self._refuse(args, state, kwargs.get("lr_scheduler"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end()
+        self._refuse(args, state, kwargs.get("lr_scheduler"))
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        path = Path(args.output_dir) / FILE_NAME
+        engine = GradES(model, self.config, total_steps=state.max_steps, optimizer=optimizer)
+        try:
+            if state.global_step > 0:
+                self._resume(engine, state, path)
+        except ValueError:
+            GradES.release(model)
+            raise
+        self.engine = engine
+        original = _made_by_user.get(model)
+        if self.checkpoint is not None and original is not None and (callback := original()) is not None:
+            callback.engine = engine
+        self.checkpoint = None
+        if args.eval_on_start and self.config.skip_validation:
+            args.eval_on_start = False
+            self._skip_start_evaluation = True
+        if self.config.skip_validation and (args.eval_strategy != IntervalStrategy.NO or self._skip_start_evaluation):
+            logger.warning(
+                "GradES: evaluations are scheduled (eval_strategy=%r) and will not be run, since GradES decides "
+                "without them; pass skip_validation=False to run them.",
+                str(getattr(args.eval_strategy, "value", args.eval_strategy)),
+            )
+        # Trainer fails when it saves after a resume from a checkpoint that did not know this callback.
+        state.stateful_callbacks[type(self).__name__] = self.state()
+        torch_optimizer = unwrap_optimizer(optimizer)
+        if torch_optimizer is not None:
+            self._optimizer_hook = torch_optimizer.register_state_dict_post_hook(self._add_previous_tensors)
+        self._history_path = path if state.is_world_process_zero else None
+        self._write_history(always=True)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._skip_start_evaluation:
+            args.eval_on_start = True
+            self._skip_start_evaluation = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.engine is not None and not self._over:
+            self.engine.reassert()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.engine is not None and not self._over:
+            self.engine.reassert()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.engine is None:
+            return
+        if self._over:
+            kwargs["model"].zero_grad(set_to_none=True)
+        else:
+            self.engine.step()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        engine = self.engine
+        if engine is None:
+            return control
+        if self._over:  # this step changed nothing and does not count
+            state.global_step -= 1
+            control.should_training_stop = True
+            control.should_log = control.should_save = control.should_evaluate = False
+            return control
+        if engine.done:
+            control.should_training_stop = True
+            control.should_log = True
+            if args.save_strategy == SaveStrategy.STEPS:
+                control.should_save = True
+            if args.eval_strategy == IntervalStrategy.STEPS and args.eval_delay <= state.global_step:
+                control.should_evaluate = True
+        if self.config.skip_validation:
+            control.should_evaluate = False
+        if control.should_save:
+            self._write_history(always=True)
+        self._show_progress(state)
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.config.skip_validation:
+            control.should_evaluate = False
+        if control.should_save:
+            self._write_history(always=True)
+        return control
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs")
+        if logs is None or not state.log_history:
+            return
+        metrics = self.metrics(logs)
+        logs.update(metrics)  # for the callbacks after this one: the progress bar prints them
+        state.log_history[-1].update(metrics)
+        self._write_history(always=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.engine is not None:
+            self._write_history(always=True)
+            logger.info("GradES: %s", self.engine.conclude())
+        self._end()
+
+    # --- what Trainer and GradESTrainer ask for --------------------------------------------------------------------
+
+    def metrics(self, logs: Mapping[str, Any]) -> dict[str, float]:
+        """The scalars that belong to a training log: frozen fraction and quartiles of the last check's statistic.
+
+        Empty for the logs of an evaluation and for the summary at the end. Quartiles are left out where no value was
+        measured.
+        """
+        if self.engine is None or any(key.startswith("eval_") for key in logs) or "train_runtime" in logs:
+            return {}
+        metrics = {"grades/frozen_fraction": self.engine.frozen_fraction}
+        values = list(self.engine.history.latest().values())
+        if values:
+            cuts = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+            metrics |= {f"grades/statistic_q{part}": cut for part, cut in zip((25, 50, 75), cuts, strict=True)}
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """For trainer_state.json: what a resumed run needs, but for the tensors (see `_add_previous_tensors`)."""
+        checkpoint = None if self.engine is None else self.engine.state_dict(tensors=False)
+        return {"args": {"config": self.config.to_dict()}, "attributes": {"checkpoint": checkpoint}}
+
+    # --- parts -----------------------------------------------------------------------------------------------------
+
+    def _end(self) -> None:
+        """End the current run's engine, if any; it stays readable."""
+        if self.engine is not None:
+            self.engine.close()
+        if self._optimizer_hook is not None:
+            self._optimizer_hook.remove()
+            self._optimizer_hook = None
+        self._over = False
+
+    def _refuse(self, args: TrainingArguments, state: TrainerState, lr_scheduler: Any) -> None:
+        """Raise for what cannot work, before training."""
+        own = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if isinstance(own, list):
+            raise ValueError(f"the trainer has {len(own)} {type(self).__name__}s; pass one.")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"GradES cannot work under DataParallel (n_gpu={args.n_gpu}): its replicas do not see what is frozen. "
+                "Start with `torchrun` or `accelerate launch`, or show one device (CUDA_VISIBLE_DEVICES=0)."
+            )
+        if args.deepspeed or args.parallel_mode == ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                "GradES does not support training in several processes (DDP, FSDP, DeepSpeed) yet: freezing would "
+                "leave ranks unsynchronized or frozen weights moving. Train in one process."
+            )
+        if not self.config.skip_validation:
+            return
+        needs = None
+        if args.load_best_model_at_end:
+            needs = "load_best_model_at_end=True"
+        elif args.save_strategy == SaveStrategy.BEST:
+            needs = 'save_strategy="best"'
+        elif isinstance(lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) or str(
+            getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        ) in ("reduce_lr_on_plateau", "greedy"):
+            needs = f"the learning-rate schedule {args.lr_scheduler_type!s}"
+        elif state.global_step == 0 and any("EarlyStopping" in name for name in state.stateful_callbacks or {}):
+            needs = "EarlyStoppingCallback"
+        if needs is not None:
+            raise ValueError(
+                f"{needs} needs evaluations during training, and skip_validation=True leaves them out. Pass "
+                f"skip_validation=False to GradES, or drop {needs.split('=')[0]}."
+            )
+
+    def _resume(self, engine: GradES, state: TrainerState, path: Path) -> None:
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__) or {}
+        checkpoint = saved.get("attributes", {}).get("checkpoint")
+        if checkpoint is None:
+            logger.warning(
+                "GradES: the checkpoint of step %d was made without GradES; nothing is frozen so far.", state.global_step
+            )
+            checkpoint = {"step": state.global_step, "events": [], "below": {}}
+        elif checkpoint.get("step") != state.global_step:
+            raise ValueError(
+                f"the checkpoint contradicts itself: GradES saved its state at step {checkpoint.get('step')!r}, "
+                f"trainer_state.json says step {state.global_step}. Resume from another checkpoint."
+            )
+        engine.load_state_dict(checkpoint)
+        self._take_previous_tensors(engine)
+        try:
+            if path.exists():
+                engine.adopt_history(History.load(path))
+        except ValueError as error:
+            logger.warning("GradES: earlier values are lost from the history, training is not affected: %s", error)
+        self._over = engine.done
+        if self._over:
+            # Trainer takes one more step before it looks whether it should stop; nothing may change in it, but
+            # backward needs something that requires a gradient.
+            engine.freezer.release()
+            logger.info("GradES: the checkpoint of step %d is the end of its run; nothing is left to train.", engine.t)
+
+    def _add_previous_tensors(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Post-hook of the optimizer's `state_dict`: what the statistic compares with is saved beside the moments."""
+        if self.engine is None:
+            return
+        previous = self.engine.previous_tensors()
+        for parameter, index in parameter_indices(optimizer).items():
+            if parameter in previous:
+                own = state_dict["state"].get(index, {})
+                state_dict["state"][index] = {**own, PREVIOUS_KEY: previous[parameter]}
+
+    @staticmethod
+    def _take_previous_tensors(engine: GradES) -> None:
+        """Take back what `_add_previous_tensors` saved and Trainer has loaded into the optimizer's state."""
+        optimizer = engine.freezer.optimizer
+        if optimizer is None:
+            return
+        monitor_of = {p: engine.monitors[c.monitor] for c in engine.components for p in c.measured}
+        for parameter in list(optimizer.state):
+            kept = optimizer.state[parameter].pop(PREVIOUS_KEY, None)
+            if kept is not None and parameter in monitor_of and monitor_of[parameter].compares_steps:
+                monitor_of[parameter].previous[parameter] = kept
+            if not optimizer.state[parameter]:
+                del optimizer.state[parameter]
+
+    def _write_history(self, *, always: bool) -> None:
+        """Write grades_history.json; unless `always`, so seldom that it takes at most 1 % of the time."""
+        if self._history_path is None or self.engine is None:
+            return
+        now = time.monotonic()
+        if not always and now - self._last_write < 100 * self._write_seconds:
+            return
+        self.engine.history.save(self._history_path)
+        self._last_write = time.monotonic()
+        self._write_seconds = self._last_write - now
+
+    def _show_progress(self, state: TrainerState) -> None:
+        """Write "frozen k/n" behind Trainer's progress bar, which a callback can only find among all open bars."""
+        if self.engine is None or not state.is_world_process_zero:
+            return
+        for bar in list(getattr(transformers_callbacks.tqdm, "_instances", ())):
+            if bar.total == state.max_steps and not bar.disable and bar.desc == "":
+                text = f"frozen {len(self.engine.history.events)}/{len(self.engine.components)}"
+                bar.set_postfix_str(text, refresh=False)

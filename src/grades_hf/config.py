@@ -1,0 +1,148 @@
+"""GradESConfig: every option of the method, validated when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+MONITORS = ("auto", "gradient_change", "gradient_norm", "weight_change")
+REDUCTIONS = ("sum", "mean")
+
+
+@dataclass
+class GradESConfig:
+    r"""Options of GradES (arXiv 2509.01842): when is a matrix frozen, and which ones are watched.
+
+    At optimizer step `t` (1-based) a component `W` that is not frozen yet freezes when
+
+    $$ t > \lceil \alpha T \rceil \quad\text{and}\quad G_W(t) < \tau_W \text{ (for `patience` checks in a row)} $$
+
+    where `T` is the planned number of optimizer steps and `G_W(t)` the statistic that `monitor` names. It is
+    frozen before the update of step `t`: that update does not touch it any more (Algorithm 1).
+
+    Args:
+        tau: Threshold on the statistic, the paper's $\tau$ ($\tau_r$ for LoRA; Table 9), greater than 0 and in the
+            unit of the statistic. A number for all components, or a mapping from what a component is to a number.
+            A key of the mapping is
+
+            * a label: a tower (`"vision"`, `"language"`, ...), a group (`"attention"`, `"mlp"`, `"experts"`, ...), a
+              projection (`"q"`, `"up"`, `"down"`, ...), or several of them joined by dots (`"vision.attention"`);
+              `"mlp"` also stands for experts that no more specific key names;
+            * a component's full name, the end of it (`"q_proj"`), or a regular expression that matches all of it.
+
+            The most specific key wins: full name, then name ending or expression (the first one in the mapping that
+            matches), then labels, where a projection outweighs a group and a tower together, and a group outweighs a
+            tower. Every key must match a component and every component must get a threshold.
+        alpha: Grace ratio in [0, 1), default 0.5 (the paper uses 0.55). Nothing freezes at the first
+            `ceil(alpha * T)` optimizer steps, computed in decimal arithmetic: 0.55 of 100 steps are 55.
+        monitor: The statistic. `"auto"` (default) takes the paper's choice for each component: gradient_change for
+            full weights, gradient_norm for adapters.
+            `"gradient_change"`: $\sum_{ij} |g_t - g_{t-1}|$ (Eq. 1); `"gradient_norm"`: $\sum_{ij} |g_t|$ (Eq. 3,
+            A and B of a LoRA pair added); `"weight_change"`: $\sum_{ij} |W_{t-1} - W_{t-2}|$, the last completed
+            update, the scale on which thresholds of the PyPI package `grades` live.
+        reduction: `"sum"` (default, as in the paper) or `"mean"`: divided by the number of measured elements, which
+            makes matrices of different size comparable.
+        patience: Number of consecutive checks below tau, counted after the grace period, default 1 (as in the paper).
+        check_every: Optimizer steps from one check to the next, default 1. Checks are made at steps that
+            `check_every` divides. What is measured does not depend on it: always the change over one step.
+        target_modules: What to watch, by PEFT's conventions: a list of names or name endings, a regular expression
+            that matches the full name, or `"all-linear"`. Default None: every attention and feed-forward matrix in
+            the model's repeated blocks. Names are module paths in the model without PEFT's prefix.
+        exclude_modules: What not to watch, same conventions, default None.
+        max_frozen_fraction: Training ends when this part of the components, in (0, 1], is frozen. Default 1.0.
+        skip_validation: Default True: no evaluation pass during training. False: evaluation goes on as usual.
+        keep_frozen: Default False: after training `requires_grad` is as it was before. True: what was frozen stays.
+
+    Raises:
+        ValueError: an option has a value that it cannot have.
+
+    Example:
+        ```python
+        GradESConfig(tau=0.025, alpha=0.55)
+        GradESConfig(tau={"attention": 0.02, "mlp": 0.04, r".*layers\.0\..*": 0.1}, patience=2)
+        ```
+    """
+
+    tau: float | dict[str, float]
+    alpha: float = 0.5
+    monitor: str = "auto"
+    reduction: str = "sum"
+    patience: int = 1
+    check_every: int = 1
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    max_frozen_fraction: float = 1.0
+    skip_validation: bool = True
+    keep_frozen: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tau, Mapping):
+            if not self.tau:
+                raise ValueError("tau={} holds no threshold; pass a number, or a mapping such as {'attention': 0.1}.")
+            for key, value in self.tau.items():
+                if not isinstance(key, str) or not key:
+                    raise ValueError(f"tau has the key {key!r}; keys are group names or patterns, as strings.")
+                _check_tau(f"tau[{key!r}]", value)
+            self.tau = {key: float(value) for key, value in self.tau.items()}
+        else:
+            _check_tau("tau", self.tau)
+            self.tau = float(self.tau)
+        if not _is_real(self.alpha) or not 0 <= self.alpha < 1:
+            raise ValueError(
+                f"alpha={self.alpha!r} must be a number in [0, 1): the part of the run in which nothing freezes "
+                "(the paper uses 0.55; 1 would never freeze anything)."
+            )
+        self.alpha = float(self.alpha)
+        for name, allowed in (("monitor", MONITORS), ("reduction", REDUCTIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}.")
+        for name, unit in (("patience", "checks"), ("check_every", "optimizer steps")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of {unit}, 1 or more.")
+            setattr(self, name, int(value))
+        if not _is_real(self.max_frozen_fraction) or not 0 < self.max_frozen_fraction <= 1:
+            raise ValueError(
+                f"max_frozen_fraction={self.max_frozen_fraction!r} must be a number in (0, 1]: the part of the "
+                "components at which training ends (1.0: when all are frozen)."
+            )
+        self.max_frozen_fraction = float(self.max_frozen_fraction)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is None or isinstance(value, str):
+                valid = value != ""
+            else:
+                try:
+                    value = list(value)
+                except TypeError:
+                    value = []
+                valid = bool(value) and all(isinstance(item, str) and item for item in value)
+                setattr(self, name, value if valid else getattr(self, name))
+            if not valid:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be a list of module names or name endings, or a regular "
+                    "expression as one string; leave it out for the default."
+                )
+        for name in ("skip_validation", "keep_frozen"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as a dict that JSON can hold; `GradESConfig(**d)` makes an equal config."""
+        return dataclasses.asdict(self)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_tau(name: str, value: object) -> None:
+    if not _is_real(value) or value <= 0:  # type: ignore[operator]
+        raise ValueError(
+            f"{name}={value!r} must be a finite number greater than 0: a matrix freezes when its gradient statistic "
+            "falls below it. Record a run without freezing to see which values occur."
+        )

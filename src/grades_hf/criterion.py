@@ -1,0 +1,100 @@
+"""From values to verdicts: which threshold holds for a component, and when it has been below it for long enough."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+from .components import Component, matches
+
+
+def grace_steps(alpha: float, total_steps: int) -> int:
+    r"""$t_{grace} = \lceil \alpha T \rceil$, in decimal arithmetic: 0.55 of 100 steps are 55, not 56."""
+    return math.ceil(Fraction(str(alpha)) * total_steps)
+
+
+class Threshold:
+    r"""Algorithm 1's test: $G_W(t) < \tau_W$, for `patience` checks in a row.
+
+    A check without a value, or with one that is not finite, is not below any threshold and starts the count anew.
+    """
+
+    def __init__(self, patience: int = 1) -> None:
+        self.patience = patience
+        self.below: dict[str, int] = {}  # component name -> checks below tau, in a row
+
+    def converged(self, name: str, value: float, tau: float) -> bool:
+        """Whether the component called `name` has converged, given its value (NaN: none) at one more check."""
+        count = self.below.get(name, 0) + 1 if math.isfinite(value) and value < tau else 0
+        self.below[name] = count
+        return count >= self.patience
+
+
+def assign_thresholds(components: Sequence[Component], tau: float | Mapping[str, float]) -> None:
+    """Set `tau` of every component by the rule in `GradESConfig`'s docstring.
+
+    Raises:
+        ValueError: a key that matches no component, or a component that no key matches.
+    """
+    if not isinstance(tau, Mapping):
+        for component in components:
+            component.tau = float(tau)
+        return
+    weights: dict[str, dict[str, int]] = {}  # key -> component name -> how specific the match is
+    labels = {label for component in components for label in _labels(component)}
+    for order, key in enumerate(tau):
+        weights[key] = {
+            component.name: weight
+            for component in components
+            if (weight := _specificity(key, component, labels, order)) is not None
+        }
+        if not weights[key]:
+            known = ", ".join(sorted(labels))
+            raise ValueError(
+                f"tau has the key {key!r}, which matches no component. Use a label ({known}), a module name or its "
+                "ending, or a regular expression that matches the full name, such as '.*mlp.*'."
+            )
+    missing = []
+    for component in components:
+        keys = [key for key in tau if component.name in weights[key]]
+        if not keys:
+            missing.append(component.name)
+            continue
+        component.tau = float(tau[max(keys, key=lambda key: weights[key][component.name])])
+    if missing:
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"tau={dict(tau)!r} leaves {len(missing)} of {len(components)} components without a threshold ({some}). "
+            "Add a key that matches them ('.*' matches all), or leave them out with exclude_modules."
+        )
+
+
+# A projection says more than group and tower together, a group more than a tower; a name or pattern more than labels.
+_TOWER, _EXPERTS_AS_MLP, _GROUP, _PROJECTION, _PATTERN, _NAME = 2, 3, 4, 8, 1 << 20, 1 << 30
+
+
+def _labels(component: Component) -> dict[str, int]:
+    labels = {component.projection: _PROJECTION}
+    if component.group == "experts":
+        labels["mlp"] = _EXPERTS_AS_MLP
+    labels[component.group] = _GROUP
+    if component.tower is not None:
+        labels[component.tower] = _TOWER
+    return labels
+
+
+def _specificity(key: str, component: Component, labels: set[str], order: int) -> int | None:
+    """How specific `key` is for `component`; None where it does not match."""
+    if key == component.name:
+        return _NAME
+    parts = key.split(".")
+    if all(part in labels for part in parts):
+        own = _labels(component)
+        return sum(own[part] for part in parts) if all(part in own for part in parts) else None
+    try:
+        found = matches(component.name, [key]) or matches(component.name, key)
+    except re.error as error:
+        raise ValueError(f"tau has the key {key!r}, which is no valid regular expression: {error}.") from error
+    return _PATTERN - order if found else None

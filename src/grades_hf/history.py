@@ -1,0 +1,207 @@
+"""History: what was measured at every check and when each component froze, in memory and as JSON or parquet."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .components import Component
+
+FORMAT = 1
+FILE_NAME = "grades_history.json"
+
+
+@dataclass
+class History:
+    """The record of one run.
+
+    Attributes:
+        config: The options, as `GradESConfig.to_dict()` gives them.
+        total_steps: Planned number of optimizer steps, T.
+        t_grace: Last step at which nothing may freeze, ceil(alpha * T).
+        components: One dict per component: name, group, projection, layer, tower, adapter, numel, monitor, tau.
+        steps: Optimizer steps (1-based) at which a check was made.
+        values: Component name -> its statistic at each of `steps`, from the first on; a series ends with the check
+            that froze the component. NaN stands for "no finite value was measured" (null in JSON).
+        events: One dict per freezing: step, name, value, tau.
+    """
+
+    config: dict[str, Any]
+    total_steps: int
+    t_grace: int
+    components: list[dict[str, Any]]
+    steps: list[int] = field(default_factory=list)
+    values: dict[str, array[float]] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def start(
+        cls, components: Iterable[Component], config: dict[str, Any], *, total_steps: int, t_grace: int
+    ) -> History:
+        """An empty history of these components."""
+        described = [
+            {
+                "name": c.name, "group": c.group, "projection": c.projection, "layer": c.layer, "tower": c.tower,
+                "adapter": c.adapter, "numel": c.numel, "monitor": c.monitor, "tau": c.tau,
+            }
+            for c in components
+        ]  # fmt: skip
+        return cls(
+            config, total_steps, t_grace, described, values={item["name"]: array("d") for item in described}
+        )
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one check: the statistic of every component that was not frozen before it (NaN: no value)."""
+        self.steps.append(step)
+        for name, value in values.items():
+            self.values[name].append(value)
+
+    def record_freeze(self, step: int, component: Component, value: float) -> None:
+        """Add one freezing; `value` is what fell below the threshold."""
+        self.events.append({"step": step, "name": component.name, "value": value, "tau": component.tau})
+
+    @property
+    def frozen(self) -> dict[str, int]:
+        """Component name -> the step that it froze at, in the order of freezing."""
+        return {event["name"]: event["step"] for event in self.events}
+
+    def latest(self) -> dict[str, float]:
+        """The finite values of the last check, by component."""
+        last = len(self.steps)
+        return {
+            name: series[-1]
+            for name, series in self.values.items()
+            if last and len(series) == last and math.isfinite(series[-1])
+        }
+
+    def truncate(self, step: int) -> None:
+        """Forget everything after `step` (a resumed run measures it again)."""
+        checks = sum(1 for item in self.steps if item <= step)
+        del self.steps[checks:]
+        for series in self.values.values():
+            del series[checks:]
+        self.events = [event for event in self.events if event["step"] <= step]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON types; numbers that are not finite become None."""
+        return {
+            "format": FORMAT,
+            "config": self.config,
+            "total_steps": self.total_steps,
+            "t_grace": self.t_grace,
+            "components": self.components,
+            "steps": self.steps,
+            "values": {
+                name: [value if math.isfinite(value) else None for value in series]
+                for name, series in self.values.items()
+            },
+            "events": self.events,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> History:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: `data` is not a history, or one of a format that this version does not know.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f"this is no GradES history of format {FORMAT} (format: {found!r}).")
+        try:
+            return cls(
+                config=dict(data["config"]),
+                total_steps=int(data["total_steps"]),
+                t_grace=int(data["t_grace"]),
+                components=list(data["components"]),
+                steps=[int(step) for step in data["steps"]],
+                values={
+                    name: array("d", (math.nan if value is None else float(value) for value in series))
+                    for name, series in data["values"].items()
+                },
+                events=list(data["events"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this GradES history is incomplete: {error!r}.") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to `path` atomically; a name that ends in `.parquet` gives one row per value, any other name JSON.
+
+        A reader sees the old file or the new one, never half of one; a full disk leaves the old one.
+        """
+        path = Path(path)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                if path.suffix == ".parquet":
+                    self._write_parquet(file)
+                else:
+                    file.write(json.dumps(self.to_dict(), allow_nan=False).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> History:
+        """Read what `save` wrote; a directory stands for the `grades_history.json` in it.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or of another format.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / FILE_NAME
+        if path.suffix == ".parquet":
+            return cls._read_parquet(path)
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def _write_parquet(self, file: Any) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        names = [name for name, series in self.values.items() for _ in series]
+        steps = [step for series in self.values.values() for step in self.steps[: len(series)]]
+        values = [value for series in self.values.values() for value in series]
+        frame = self.to_dict() | {"values": {name: [] for name in self.values}}
+        table = pa.table({"name": names, "step": pa.array(steps, pa.int64()), "value": pa.array(values, pa.float64())})
+        pq.write_table(table.replace_schema_metadata({"grades_hf": json.dumps(frame, allow_nan=False)}), file)
+
+    @classmethod
+    def _read_parquet(cls, path: Path) -> History:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(path)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
+        frame = (table.schema.metadata or {}).get(b"grades_hf")
+        if frame is None:
+            raise ValueError(f"{path} is a parquet file, but no GradES history.")
+        history = cls.from_dict(json.loads(frame))
+        for name, value in zip(table["name"].to_pylist(), table["value"].to_pylist(), strict=True):
+            history.values[name].append(value)
+        return history
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

@@ -1,0 +1,18 @@
+"""gradient_norm: how large the gradient is (Eq. 3 of the paper, its choice for LoRA)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import Monitor
+from .norms import l1_norm
+
+
+class GradientNorm(Monitor):
+    r"""$G_W(t) = \sum_{ij} |(\nabla W_t)_{ij}|$; for an adapter the sum over its tensors, $\|\nabla A\|_1 + \|\nabla B\|_1$."""
+
+    name = "gradient_norm"
+    compares_steps = False
+
+    def measure(self, parameter: Tensor) -> Tensor | None:
+        return None if parameter.grad is None else l1_norm(parameter.grad)

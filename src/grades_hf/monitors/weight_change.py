@@ -1,0 +1,35 @@
+"""weight_change: how far the last update moved a weight (what the PyPI package `grades` thresholds)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from .base import Monitor
+from .norms import l1_distance
+
+
+class WeightChange(Monitor):
+    r"""$G_W(t) = \sum_{ij} |(W_{t-1})_{ij} - (W_{t-2})_{ij}|$ with $W_s$ the weight after $s$ updates.
+
+    Read just before the update of step `t`, so it is the size of the last completed update. It is always one update,
+    also with `check_every` > 1: the copy to compare with is taken one step before the check. Memory: one copy of every
+    watched weight (with `check_every` > 1 only for the one step between).
+    """
+
+    name = "weight_change"
+
+    def takes_part(self, parameter: Tensor) -> bool:
+        return True
+
+    def measure(self, parameter: Tensor) -> Tensor | None:
+        previous = self.previous.get(parameter)
+        return None if previous is None else l1_distance(parameter.detach(), previous)
+
+    def remember(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            if parameter in self.previous:
+                self.previous[parameter].copy_(parameter.detach())
+            else:
+                self.previous[parameter] = parameter.detach().clone()

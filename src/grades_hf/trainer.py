@@ -1,0 +1,63 @@
+"""GradESTrainer: `Trainer` with GradES as an argument, whose figures reach every reporter (TensorBoard, W&B, trackio)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers import EarlyStoppingCallback, Trainer
+
+from .callback import GradESCallback
+from .config import GradESConfig
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class GradESTrainerMixin(_Base):
+    """Adds GradES to any trainer class: `class MyTrainer(GradESTrainerMixin, SFTTrainer): pass`.
+
+    Args:
+        grades: The options, a `GradESConfig` or a dict of its fields. All other arguments are the trainer's own.
+
+    Raises:
+        ValueError: `grades` is missing, or the trainer has a `GradESCallback` besides.
+    """
+
+    def __init__(self, *args: Any, grades: GradESConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if grades is None:
+            raise ValueError(f"{type(self).__name__} needs grades=GradESConfig(tau=...); without it, use its base class.")
+        super().__init__(*args, **kwargs)
+        self.add_callback(GradESCallback(grades))
+        self.grades_callback.on_init_end(self.args, self.state, self.control, model=self.model)
+
+    @property
+    def grades_callback(self) -> GradESCallback:
+        """The callback at work (Trainer replaces it when it restores callbacks from a checkpoint)."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, GradESCallback))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        found = [c for c in self.callback_handler.callbacks if isinstance(c, GradESCallback)]
+        if len(found) > 1:
+            raise ValueError(f"the trainer has {len(found)} GradESCallbacks; pass grades=... or a callback, not both.")
+        stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        if stopping and self.grades_callback.config.skip_validation:
+            raise ValueError(
+                f"{type(stopping[0]).__name__} needs evaluations during training, and skip_validation=True leaves them "
+                "out. Pass skip_validation=False to GradES, or drop the callback."
+            )
+        try:
+            return super().train(*args, **kwargs)
+        finally:  # also after an error or Ctrl-C the model is as trainable as before
+            engine = self.grades_callback.engine
+            if engine is not None:
+                engine.close()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, **self.grades_callback.metrics(logs)}, *args, **kwargs)
+
+
+class GradESTrainer(GradESTrainerMixin, Trainer):
+    """`transformers.Trainer` with GradES: `GradESTrainer(model=..., args=..., grades=GradESConfig(tau=0.5))`."""

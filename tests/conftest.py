@@ -1,0 +1,76 @@
+"""Fixtures for the whole suite: a small trained model, real text, and a machine that behaves the same every time."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers, datasets and torch are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tests import standin
+
+
+def pytest_report_header() -> str:
+    return f"grades_hf stand-ins: {standin.describe()}"
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> None:
+    """Every test starts from the same seeds, with one torch thread."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir() -> Path:
+    """A folder with a small *trained* Llama (260,032 parameters, vocabulary 512) and its tokenizer."""
+    return standin.model_dir()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="session")
+def real_text() -> list[str]:
+    """Several hundred paragraphs of English."""
+    return standin.text()
+
+
+@pytest.fixture(scope="session")
+def text_blocks(real_text: list[str], tiny_tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """The text as one row of tokens of the small model, at least 20,000."""
+    tokens: list[int] = []
+    for paragraph in real_text:
+        tokens += tiny_tokenizer(paragraph)["input_ids"]
+        if len(tokens) >= 20_000:
+            break
+    return torch.tensor(tokens)
+
+
+@pytest.fixture(scope="session")
+def text_dataset(text_blocks: torch.Tensor) -> Callable[..., Dataset]:
+    """`text_dataset(rows, length, skip=0)`: blocks of `length` tokens with `input_ids` and `labels`."""
+
+    def make(rows: int = 64, length: int = 32, skip: int = 0) -> Dataset:
+        assert (skip + rows) * length <= len(text_blocks), "more text was asked for than the fixture tokenizes"
+        blocks = text_blocks[skip * length : (skip + rows) * length].view(rows, length).tolist()
+        return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+    return make
