@@ -98,14 +98,13 @@ def train(
         learning_rate: From a step (1-based) to its learning rate.
         tau, alpha, monitor, reduction, patience, check_every: as above; tau=0 only measures.
         max_grad_norm: None leaves the gradient as it is.
-        max_frozen_fraction: Training stops when this part of the tracked elements is frozen.
+        max_frozen_fraction: Training stops when this part of the matrices is frozen.
         total_steps: The paper's T; default: as many as there are batches.
         on_gradients: Called with (step, model) when the gradient is complete, before it is clipped.
     """
     total_steps = len(batches) if total_steps is None else total_steps
     t_grace = math.ceil(Fraction(str(alpha)) * total_steps)
     tracked = matrices(model)
-    tracked_size = sum(parameter.numel() for _, freezing in tracked.values() for parameter in freezing)
     optimizer = make_optimizer(model)
 
     frozen: dict[str, int] = {}
@@ -172,8 +171,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        frozen_size = sum(parameter.numel() for name in frozen for parameter in tracked[name][1])
-        if frozen_size >= max_frozen_fraction * tracked_size:
+        if len(frozen) / len(tracked) >= max_frozen_fraction:
             break
 
     state = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}

@@ -18,7 +18,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers import trainer_callback as transformers_callbacks
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from transformers.training_args import ParallelMode
 
 from .config import GradESConfig
 from .engine import GradES
@@ -59,6 +58,8 @@ class GradESCallback(TrainerCallback, ExportableState):
 
     def __init__(self, config: GradESConfig | Mapping[str, Any] | None = None, **options: Any) -> None:
         if config is None:
+            if "tau" not in options:
+                raise ValueError("GradESCallback needs a threshold: GradESCallback(tau=0.5), or a GradESConfig.")
             self.config = GradESConfig(**options)
         elif isinstance(config, GradESConfig):
             self.config = dataclasses.replace(config, **options)
@@ -190,6 +191,8 @@ class GradESCallback(TrainerCallback, ExportableState):
         logs = kwargs.get("logs")
         if logs is None or not state.log_history:
             return
+        if self._over and "train_loss" in logs:  # Trainer divides the loss of that one void step by no steps
+            del logs["train_loss"], state.log_history[-1]["train_loss"]
         metrics = self.metrics(logs)
         logs.update(metrics)  # for the callbacks after this one: the progress bar prints them
         state.log_history[-1].update(metrics)
@@ -244,10 +247,10 @@ class GradESCallback(TrainerCallback, ExportableState):
                 f"GradES cannot work under DataParallel (n_gpu={args.n_gpu}): its replicas do not see what is frozen. "
                 "Start with `torchrun` or `accelerate launch`, or show one device (CUDA_VISIBLE_DEVICES=0)."
             )
-        if args.deepspeed or args.parallel_mode == ParallelMode.DISTRIBUTED:
+        if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None:
             raise ValueError(
-                "GradES does not support training in several processes (DDP, FSDP, DeepSpeed) yet: freezing would "
-                "leave ranks unsynchronized or frozen weights moving. Train in one process."
+                "GradES cannot work under DeepSpeed: ZeRO's flat optimizer partitions go on moving frozen weights. "
+                "Train without DeepSpeed."
             )
         if not self.config.skip_validation:
             return

@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -63,13 +64,20 @@ class GradES:
         total_steps: int,
         optimizer: Any = None,
     ) -> None:
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or total_steps < 1:
             raise ValueError(f"total_steps={total_steps!r} must be the planned number of optimizer steps, 1 or more.")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = torch.distributed.get_world_size()
+            if ranks > 1:
+                raise RuntimeError(
+                    f"GradES does not support training in {ranks} processes yet: freezing would leave the ranks "
+                    "unsynchronized. Train in one process."
+                )
         GradES.release(model)
         self.config = config
-        self.total_steps = total_steps
+        self.total_steps = int(total_steps)
         self.t = 0
-        self.t_grace = grace_steps(config.alpha, total_steps)
+        self.t_grace = grace_steps(config.alpha, self.total_steps)
         self.components = find_components(model, config)
         assign_thresholds(self.components, config.tau)
         for component in self.components:
@@ -81,7 +89,7 @@ class GradES:
         self.criterion = Threshold(config.patience)
         self.freezer = Freezer(unwrap_optimizer(optimizer))
         self.history = History.start(
-            self.components, config.to_dict(), total_steps=total_steps, t_grace=self.t_grace
+            self.components, config.to_dict(), total_steps=self.total_steps, t_grace=self.t_grace
         )
         self._resumed = False
         _active[model] = self

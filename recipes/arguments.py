@@ -1,0 +1,191 @@
+"""Command-line and YAML arguments: dataclasses for transformers' HfArgumentParser, one flat namespace.
+
+A YAML file holds `name: value` pairs; each is read as if it stood on the command line, so both go through the same
+checks, and what stands on the command line wins. GradES's arguments are the fields of `GradESConfig`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from peft import LoraConfig
+from transformers import HfArgumentParser
+
+from grades_hf import GradESConfig
+
+
+def _argument(help: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """What is fine-tuned, and how."""
+
+    model: str = _argument("Local directory or hub id of a causal language model.", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _argument("Type of the weights; auto: as saved.", "auto")
+    method: Literal["full", "lora"] = _argument("Train all weights, or LoRA adapters.", "lora")
+    lora_r: int = _argument("Rank of the adapters.", 16)
+    lora_alpha: int = _argument("Scale of the adapters: their product is multiplied by lora_alpha / lora_r.", 32)
+    lora_dropout: float = _argument("Dropout before the adapters.", 0.0)
+    lora_target_modules: str = _argument(
+        "What gets an adapter, by PEFT's conventions: all-linear, a regular expression, or a list of names as JSON.",
+        "all-linear",
+    )
+
+    def lora_config(self) -> LoraConfig:
+        """The adapters as PEFT's config."""
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=_names(self.lora_target_modules),
+            task_type="CAUSAL_LM",
+        )
+
+
+@dataclass
+class DataArguments:
+    """What it is fine-tuned on."""
+
+    task: str = _argument("Benchmark: a name in recipes/tasks/formats.py.", "siqa")
+    data_dir: str | None = _argument("Directory with <task>/<split>.jsonl.gz (or .jsonl, .json, .parquet); default: the hub.")
+    train_split: str = _argument("Split to train on.", "train")
+    train_samples: int | None = _argument("Number of rows to train on; default: all.")
+    holdout_samples: int = _argument("Training rows set aside for evaluations during training (eval_strategy).", 0)
+    max_length: int = _argument("Tokens a row; longer prompts lose their beginning.", 1024)
+
+
+@dataclass
+class EvaluationArguments:
+    """How its accuracy is measured."""
+
+    eval_split: str = _argument("Split to measure the accuracy on.", "validation")
+    eval_samples: int | None = _argument("Number of rows, the same ones for every seed; default: all.")
+    evaluate_before: bool = _argument("Measure the accuracy before training.", True)
+    evaluate_after: bool = _argument("Measure the accuracy after training.", True)
+
+
+RENAMED = {"target_modules": "freeze_target_modules", "exclude_modules": "freeze_exclude_modules"}
+
+
+def _grades_help() -> dict[str, str]:
+    """The text of each argument in GradESConfig's docstring."""
+    parts = re.split(r"\n {4}(\w+): ", inspect.getdoc(GradESConfig) or "")
+    return {name: " ".join(text.split("\n\n")[0].split()).replace("%", "%%") for name, text in zip(parts[1::2], parts[2::2])}
+
+
+def _grades_fields() -> list[tuple[str, Any, Any]]:
+    """GradESConfig's fields as HfArgumentParser takes them: a union (number or mapping, list or string) as a string."""
+    hints, help = typing.get_type_hints(GradESConfig), _grades_help()
+    fields = []
+    for option in dataclasses.fields(GradESConfig):
+        kind = hints[option.name] if isinstance(hints[option.name], type) else str | None
+        default = None if option.default is dataclasses.MISSING else option.default
+        fields.append((RENAMED.get(option.name, option.name), kind, _argument(help.get(option.name, ""), default)))
+    return fields
+
+
+GradESArguments = dataclasses.make_dataclass(
+    "GradESArguments",
+    [("grades", bool, _argument("Freeze each weight matrix when its gradient statistic falls below tau.", True))]
+    + _grades_fields(),
+)
+GradESArguments.__doc__ = "When a matrix is frozen: GradESConfig's options, its modules under `freeze_...`."
+
+
+def grades_config(arguments: Any) -> GradESConfig | None:
+    """GradES's options out of its arguments; None where `grades` is false.
+
+    Raises:
+        ValueError: tau is missing, or an option has a value that it cannot have.
+    """
+    if not arguments.grades:
+        return None
+    if arguments.tau is None:
+        raise ValueError("tau is missing: pass --tau NUMBER, or --no_grades to train without freezing.")
+    options = {
+        option.name: getattr(arguments, RENAMED.get(option.name, option.name))
+        for option in dataclasses.fields(GradESConfig)
+    }
+    options["tau"] = _threshold(options["tau"])
+    for name in RENAMED:
+        options[name] = _names(options[name])
+    return GradESConfig(**options)
+
+
+def parse(types: Sequence[Any], argv: Sequence[str], description: str | None = None) -> tuple[Any, ...]:
+    """One instance of each dataclass, from `--config FILE.yaml` and the other arguments in `argv`.
+
+    Raises:
+        ValueError: an argument or a key of the YAML file is unknown, or the file is no YAML mapping.
+        SystemExit: a value has the wrong type, or help was asked for (as argparse does).
+    """
+    parser = HfArgumentParser(types, allow_abbrev=False, description=description)
+    parser.add_argument("--config", metavar="FILE.yaml", help="Arguments as a YAML mapping; the command line wins.")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config, rest = first.parse_known_args(argv)
+    known = {option.name: option.type for kind in types for option in dataclasses.fields(kind) if option.init}
+    argv = [*(_read_yaml(config.config, known) if config.config else []), *rest]
+    *parsed, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise ValueError(f"the argument {unknown[0]!r} is unknown.{_hint(name.lstrip('-'), known, '--')}")
+    return tuple(parsed[: len(types)])
+
+
+def _read_yaml(path: str, known: Mapping[str, Any]) -> list[str]:
+    """The pairs of a YAML file, as command-line arguments."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        pairs = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config={path!r} cannot be read: {error}") from error
+    if not isinstance(pairs, dict):
+        raise ValueError(f"config={path!r} must hold `name: value` pairs, one a line.")
+    argv = []
+    for key, value in pairs.items():
+        if key not in known:
+            raise ValueError(f"{path}: the key {key!r} is unknown.{_hint(str(key), known)}")
+        if value is None:
+            continue
+        if isinstance(value, list) and typing.get_origin(known[key]) is list:
+            argv += [f"--{key}", *map(str, value)]
+        else:
+            argv.append(f"--{key}={json.dumps(value) if isinstance(value, (dict, list)) else value}")
+    return argv
+
+
+def _hint(name: str, known: Mapping[str, Any], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {prefix}{close[0]}?" if close else " --help lists them all."
+
+
+def _names(text: str | None) -> list[str] | str | None:
+    """A list of names written as JSON, or a name or regular expression as it is."""
+    if text is not None and text.startswith("["):
+        try:
+            return typing.cast("list[str]", json.loads(text))
+        except json.JSONDecodeError:  # a regular expression may start with a bracket too
+            pass
+    return text
+
+
+def _threshold(text: str) -> Any:
+    """tau as a number, or as the mapping that a JSON string holds; what is neither stays for GradESConfig to refuse."""
+    try:
+        return json.loads(text) if text.lstrip().startswith("{") else float(text)
+    except ValueError:
+        return text
