@@ -96,12 +96,20 @@ def read_rows(file: Path) -> Rows:
         if file.suffix == ".parquet":
             rows: Rows = pyarrow.parquet.read_table(file).to_pylist()
             return rows
-        opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
+        opened = (
+            gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
+        )
         with opened as stream:
             text = stream.read()
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
+        )
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
-        raise ValueError(f"{file} cannot be read: {error}. It is cut off or damaged; copy it again.") from error
+        raise ValueError(
+            f"{file} cannot be read: {error}. It is cut off or damaged; copy it again."
+        ) from error
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{file} cannot be read: {error}. It holds something else than JSON rows, or is cut off; copy it again."
@@ -130,14 +138,18 @@ def training_rows(task: Task, train: Split, evaluation: Split, samples: int | No
     held_out = {_normalized(task.prompt(row)) for row in evaluation.rows}
     rows = [row for row in train.rows if _normalized(task.prompt(row)) not in held_out]
     if dropped := len(train.rows) - len(rows):
-        logger.info("Left out %d of %d training rows: the evaluation split has them too.", dropped, len(train.rows))
+        logger.info(
+            "Left out %d of %d training rows: the evaluation split has them too.", dropped, len(train.rows)
+        )
     if not rows:
         raise ValueError(
             f"every row of {train.source} is also in {evaluation.source}; train on other rows than those that the "
             "accuracy is measured on."
         )
     if samples is not None and not 0 < samples <= len(rows):
-        raise ValueError(f"train_samples={samples} must be between 1 and the {len(rows)} rows of {train.source}.")
+        raise ValueError(
+            f"train_samples={samples} must be between 1 and the {len(rows)} rows of {train.source}."
+        )
     random.Random(seed).shuffle(rows)
     return rows[:samples]
 
@@ -158,11 +170,11 @@ def _find_file(folder: Path, split: str) -> Path:
     files = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
     found = [file for file in files if file.is_file()]
     if not found:
-        raise ValueError(f"{files[0]} is missing (or the same with {', '.join(SUFFIXES[1:])}); check data_dir and task.")
+        raise ValueError(
+            f"{files[0]} is missing (or the same with {', '.join(SUFFIXES[1:])}); check data_dir and task."
+        )
     return found[0]
 
 
 def _normalized(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text.lower()).strip()
-
-

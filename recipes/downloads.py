@@ -82,11 +82,20 @@ def fetched(wheel: Wheel) -> Iterator[Path]:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
-        command += ["--only-binary=:all:", "--require-hashes", "--dest", folder, "--requirement", str(requirements)]
+        command += [
+            "--only-binary=:all:",
+            "--require-hashes",
+            "--dest",
+            folder,
+            "--requirement",
+            str(requirements),
+        ]
         # pip's progress bar is worth seeing, its other lines are not: they go with standard output to a pipe only
         # if nobody is watching.
         watched = sys.stdout.isatty()
-        done = subprocess.run(command, text=True, stdout=None if watched else subprocess.PIPE, stderr=subprocess.PIPE)
+        done = subprocess.run(
+            command, text=True, stdout=None if watched else subprocess.PIPE, stderr=subprocess.PIPE
+        )
         if done.returncode:
             raise RuntimeError(
                 f"pip could not download {wheel.requirement} (exit status {done.returncode}):\n{done.stderr.strip()}\n"

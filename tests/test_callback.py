@@ -82,7 +82,9 @@ def test_requires_grad_is_as_before_after_training_unless_kept(make_model, tmp_p
 
 def test_all_frozen_ends_training_in_the_same_step_with_log_and_checkpoint(make_model, tmp_path):
     callback = GradESCallback(tau=1e9, alpha=0.25)
-    trainer = small.trainer(make_model(), tmp_path, [callback], save_strategy="steps", save_steps=100, logging_steps=100)
+    trainer = small.trainer(
+        make_model(), tmp_path, [callback], save_strategy="steps", save_steps=100, logging_steps=100
+    )
     result = trainer.train()
     assert result.global_step == trainer.state.global_step == 4
     assert set(callback.engine.frozen.values()) == {4}
@@ -276,8 +278,14 @@ def test_an_interrupted_run_leaves_a_model_that_a_new_trainer_can_train(make_mod
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     with pytest.raises(KeyboardInterrupt):
         small.trainer(
-            model, tmp_path, [GradESCallback(tau=1e9, alpha=0.5, max_frozen_fraction=1.0,
-                                             target_modules=["q_proj", "k_proj"], patience=4), Interrupt()]
+            model,
+            tmp_path,
+            [
+                GradESCallback(
+                    tau=1e9, alpha=0.5, max_frozen_fraction=1.0, target_modules=["q_proj", "k_proj"], patience=4
+                ),
+                Interrupt(),
+            ],
         ).train()
     trainer = small.trainer(model, tmp_path, [GradESCallback(tau=1e-30)])
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
@@ -422,3 +430,27 @@ def test_a_damaged_history_costs_the_record_but_not_the_run(tmp_path, caplog):
     finals = dict(again.model.named_parameters())
     assert all(torch.equal(p, finals[n]) for n, p in first.model.named_parameters())
     assert History.load(tmp_path).steps == [9, 10, 11, 12]
+
+
+def test_hyperparameter_search_starts_every_trial_clean(tmp_path):
+    frozen = []
+
+    class Watch(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            frozen.append(dict(callback.engine.frozen))
+
+    callback = GradESCallback(tau=1e9, alpha=0.5, target_modules=["q_proj"])
+    trainer = Trainer(
+        model_init=lambda trial=None: llama(),
+        args=small.arguments(tmp_path, save_strategy="steps", save_steps=4),
+        train_dataset=tokens(),
+        eval_dataset=tokens(8),
+        callbacks=[callback, Watch()],
+    )
+    best = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)},
+        n_trials=2,
+        backend="optuna",
+    )
+    assert best.objective > 0
+    assert [set(steps.values()) for steps in frozen] == [{7}, {7}]

@@ -56,7 +56,7 @@ def test_truncate_forgets_what_came_after(history):
 def test_latest_holds_the_live_finite_values_of_the_last_check(history):
     assert len(history.latest()) == 13
     assert "model.layers.0.self_attn.v_proj" not in history.latest()
-    history.record(6, {name: math.inf for name in history.latest()})
+    history.record(6, dict.fromkeys(history.latest(), math.inf))
     assert history.latest() == {}
 
 

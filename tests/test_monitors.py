@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 
 import pytest
@@ -60,7 +61,7 @@ def test_gradient_change_is_equation_1(set_to_none):
     gradients = [torch.randn(4, 6) for _ in range(6)]
     values = loop(GradientChange(), parameter, gradients, set_to_none=set_to_none)
     assert values[0] is None
-    expected = [(b - a).abs().sum().item() for a, b in zip(gradients, gradients[1:], strict=False)]
+    expected = [(b - a).abs().sum().item() for a, b in itertools.pairwise(gradients)]
     assert values[1:] == pytest.approx(expected, rel=1e-5)
 
 

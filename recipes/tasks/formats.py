@@ -142,5 +142,6 @@ arc_easy = Task(
 )
 
 TASKS = {
-    task.name: task for task in (boolq, piqa, siqa, hellaswag, winogrande, openbookqa, arc_challenge, arc_easy)
+    task.name: task
+    for task in (boolq, piqa, siqa, hellaswag, winogrande, openbookqa, arc_challenge, arc_easy)
 }

@@ -8,14 +8,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers import trainer_callback as transformers_callbacks
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -94,7 +94,7 @@ class GradESCallback(TrainerCallback, ExportableState):
         self._end()
         self._refuse(args, state, kwargs.get("lr_scheduler"))
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        path = Path(args.output_dir) / FILE_NAME
+        path = Path(args.output_dir or ".") / FILE_NAME
         engine = GradES(model, self.config, total_steps=state.max_steps, optimizer=optimizer)
         try:
             if state.global_step > 0:
@@ -117,7 +117,7 @@ class GradESCallback(TrainerCallback, ExportableState):
                 str(getattr(args.eval_strategy, "value", args.eval_strategy)),
             )
         # Trainer fails when it saves after a resume from a checkpoint that did not know this callback.
-        state.stateful_callbacks[type(self).__name__] = self.state()
+        _stateful(state)[type(self).__name__] = self.state()
         torch_optimizer = unwrap_optimizer(optimizer)
         if torch_optimizer is not None:
             self._optimizer_hook = torch_optimizer.register_state_dict_post_hook(self._add_previous_tensors)
@@ -198,7 +198,9 @@ class GradESCallback(TrainerCallback, ExportableState):
         state.log_history[-1].update(metrics)
         self._write_history(always=False)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.engine is not None:
             self._write_history(always=True)
             logger.info("GradES: %s", self.engine.conclude())
@@ -239,7 +241,7 @@ class GradESCallback(TrainerCallback, ExportableState):
 
     def _refuse(self, args: TrainingArguments, state: TrainerState, lr_scheduler: Any) -> None:
         """Raise for what cannot work, before training."""
-        own = (state.stateful_callbacks or {}).get(type(self).__name__)
+        own = _stateful(state).get(type(self).__name__)
         if isinstance(own, list):
             raise ValueError(f"the trainer has {len(own)} {type(self).__name__}s; pass one.")
         if args.n_gpu > 1:
@@ -263,7 +265,7 @@ class GradESCallback(TrainerCallback, ExportableState):
             getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
         ) in ("reduce_lr_on_plateau", "greedy"):
             needs = f"the learning-rate schedule {args.lr_scheduler_type!s}"
-        elif state.global_step == 0 and any("EarlyStopping" in name for name in state.stateful_callbacks or {}):
+        elif state.global_step == 0 and any("EarlyStopping" in name for name in _stateful(state)):
             needs = "EarlyStoppingCallback"
         if needs is not None:
             raise ValueError(
@@ -272,11 +274,12 @@ class GradESCallback(TrainerCallback, ExportableState):
             )
 
     def _resume(self, engine: GradES, state: TrainerState, path: Path) -> None:
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__) or {}
+        saved = _stateful(state).get(type(self).__name__) or {}
         checkpoint = saved.get("attributes", {}).get("checkpoint")
         if checkpoint is None:
             logger.warning(
-                "GradES: the checkpoint of step %d was made without GradES; nothing is frozen so far.", state.global_step
+                "GradES: the checkpoint of step %d was made without GradES; nothing is frozen so far.",
+                state.global_step,
             )
             checkpoint = {"step": state.global_step, "events": [], "below": {}}
         elif checkpoint.get("step") != state.global_step:
@@ -337,7 +340,12 @@ class GradESCallback(TrainerCallback, ExportableState):
         """Write "frozen k/n" behind Trainer's progress bar, which a callback can only find among all open bars."""
         if self.engine is None or not state.is_world_process_zero:
             return
-        for bar in list(getattr(transformers_callbacks.tqdm, "_instances", ())):
+        for bar in list(getattr(tqdm, "_instances", ())):
             if bar.total == state.max_steps and not bar.disable and bar.desc == "":
                 text = f"frozen {len(self.engine.history.events)}/{len(self.engine.components)}"
                 bar.set_postfix_str(text, refresh=False)
+
+
+def _stateful(state: TrainerState) -> dict[str, Any]:
+    """The saved states of all callbacks by class name: a dict in truth, whatever the annotation says."""
+    return cast("dict[str, Any]", state.stateful_callbacks)

@@ -2,10 +2,16 @@
 
 The rule: inside the model's repeated blocks, every weight that multiplies hidden states is a component. That is every
 linear layer (`nn.Linear`, GPT-2's `Conv1D`, a quantized linear through its adapter), the packed projection of
-`nn.MultiheadAttention`, every layer that PEFT adapted, and every bare parameter of 2 or 3 dimensions of which one is
-the block's width and the rest are at least as large (fused experts). Left out are norms, embeddings, convolutions,
-routers (weights with one row per expert), weights with a single row or column, and all that lies outside the blocks:
-LM and classification heads, poolers, projectors between towers.
+`nn.MultiheadAttention`, every such layer that PEFT adapted, and every bare parameter that spans the block's width
+(fused experts). Left out are norms, embeddings (with relative-position tables), convolutions of any kernel size,
+routers (weights with one row per expert, and what is called a router), weights with a single row or column (gates of
+shared experts), the state of state-space models (`A_log`, `D`), and all that lies outside the blocks: LM and
+classification heads, poolers, projectors between towers, downsampling between stages.
+
+Doubtful cases: a linear layer of a block counts whatever it reads, also positions (Conformer's `linear_pos`, XLNet's
+`r`, DeBERTa's `pos_key_proj`) or a low-rank code (DeepSeek's `kv_b_proj`, Mamba's `dt_proj`). A shared expert is a
+plain feed-forward. Weights that several layers share are one component, which belongs to the first of them; a tensor
+that many adapted layers share beside tensors of their own (VB-LoRA's bank) freezes with none of them.
 """
 
 from __future__ import annotations
@@ -13,24 +19,20 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .config import GradESConfig
-from .labels import ATTENTION, group_of, projection_of, refine_projections, tower_labels
+from .labels import group_of, projection_of, refine_projections
+from .structure import Site, find_sites
 
 logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
-# Path segments that wrappers put between a module and the path that its user knows.
-_WRAPPER_SEGMENTS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
 
 
 @dataclass(eq=False)
@@ -74,45 +76,6 @@ class Component:
         return f"Component({self.name!r}, layer={self.layer}, group={self.group!r}, frozen_at={self.frozen_at})"
 
 
-@dataclass(eq=False)
-class Site:
-    """A place in the model that holds parameters, before it is decided whether it is a component.
-
-    Attributes:
-        name: As in `Component.name`.
-        kind: `"matrix"`, or why it is none: `"embedding"`, `"norm"`, `"convolution"`, `"vector"`, `"router"`,
-            `"parameter"` (a bare tensor that multiplies nothing), `"head"` (the output embedding).
-        shape: (output features, input features); None where that is not what it has.
-        weights, biases: Its tensors.
-        path: (attribute name, class name) of the modules from the block (exclusive) to the owner (inclusive).
-        block: (number of its block list, index in that list); None outside the repeated blocks.
-        adapter: Whether these are tensors that PEFT added to a layer.
-        saved: Whether it lies in one of PEFT's `modules_to_save` copies.
-        experts: Path of the module that holds the experts, where it is one of a mixture's experts.
-        tower: As in `Component.tower`.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, int] | None
-    weights: list[Tensor]
-    biases: list[Tensor]
-    path: tuple[tuple[str, str], ...]
-    block: tuple[int, int] | None
-    adapter: bool = False
-    saved: bool = False
-    experts: str | None = None
-    tower: str | None = None
-
-    @property
-    def trainable(self) -> bool:
-        return any(tensor.requires_grad for tensor in self.weights)
-
-    @property
-    def numel(self) -> int:
-        return sum(tensor.numel() for tensor in (*self.weights, *self.biases))
-
-
 def find_components(model: nn.Module, config: GradESConfig | None = None) -> list[Component]:
     """The components of `model`, in the order of its modules.
 
@@ -124,8 +87,8 @@ def find_components(model: nn.Module, config: GradESConfig | None = None) -> lis
         At least one component; tensors that several modules share belong to the first of them.
 
     Raises:
-        ValueError: nothing is trainable, nothing is found, a name in `target_modules` matches nothing, or the model
-            carries an adapter that cannot be frozen in part (AdaLoRA).
+        ValueError: nothing is trainable, nothing is found, `target_modules` matches nothing or is no valid regular
+            expression, or the model carries an adapter that cannot be frozen in part (AdaLoRA).
     """
     return survey(model, config)[0]
 
@@ -139,6 +102,12 @@ def survey(
     """
     target = config.target_modules if config is not None else None
     exclude = config.exclude_modules if config is not None else None
+    for argument, pattern in (("target_modules", target), ("exclude_modules", exclude)):
+        if isinstance(pattern, str):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{argument}={pattern!r} is no valid regular expression: {error}.") from error
     root = unwrap(model)
     for module in root.modules():
         if isinstance(module, AdaLoraLayer):
@@ -149,7 +118,7 @@ def survey(
     if require and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model has no trainable parameter, so there is nothing that GradES could freeze.")
 
-    sites = _find_sites(root)
+    sites = find_sites(root)
     reasons = [_why_left_out(site, target, exclude) for site in sites]
     components = _make_components([site for site, reason in zip(sites, reasons, strict=True) if reason is None], sites)
     if require:
@@ -189,7 +158,7 @@ def matches(name: str, target: str | Iterable[str]) -> bool:
 def _why_left_out(site: Site, target: list[str] | str | None, exclude: list[str] | str | None) -> str | None:
     """None for what is tracked, else the reason in a few words."""
     if target is None or target == ALL_LINEAR:
-        if site.kind != "matrix" and not (target == ALL_LINEAR and site.kind == "router"):
+        if not (site.kind == "matrix" or (target == ALL_LINEAR and site.linear and site.kind != "head")):
             return _REASONS[site.kind]
         if target is None and site.block is None:
             return "outside the repeated blocks"
@@ -246,7 +215,7 @@ def _make_components(chosen: list[Site], sites: list[Site]) -> list[Component]:
             for tensor in biases.get(name, ())
             if tensor.requires_grad and not (id(tensor) in seen or seen.add(id(tensor)))  # type: ignore[func-returns-value]
         ]
-        group = group_of(site.path, name, inside=site.block is not None, expert=site.experts is not None)
+        group = group_of(site.path, inside=site.block is not None, expert=site.expert)
         components.append(
             Component(
                 name=name,
@@ -295,269 +264,3 @@ def _check_found(
         "trainable (full weights, or a PEFT adapter on linear layers; prompt tuning has none), or name what to track "
         f"with target_modules. Trainable here: {some or 'nothing'}."
     )
-
-
-# --- from modules to sites ---------------------------------------------------------------------------------------
-
-
-def _find_sites(root: nn.Module) -> list[Site]:
-    """Every place in the model with parameters, in the order of its modules."""
-    block_lists = list(_find_block_lists(root, ""))
-    walk = _Walk(root, block_lists)
-    sites = list(walk.visit(root, "", (), None))
-    towers = tower_labels([path for path, _ in block_lists])
-    by_block: dict[tuple[int, int], list[Site]] = {}
-    for site in sites:
-        if site.block is not None:
-            site.tower = towers[site.block[0]]
-            by_block.setdefault(site.block, []).append(site)
-    for members in by_block.values():
-        _judge_bare_parameters(members)
-        _mark_experts_and_routers(members, walk.lists)
-    for site in sites:
-        if site.kind == "bare":
-            site.kind = "parameter"
-        elif site.kind == "matrix" and site.shape is not None and 1 in site.shape:
-            site.kind = "vector"
-    return sites
-
-
-def _find_block_lists(module: nn.Module, path: str) -> Iterator[tuple[str, list[nn.Module]]]:
-    """(path, blocks) of every list of repeated blocks; of stages that hold lists of blocks, the blocks."""
-    for name, child in module.named_children():
-        child_path = _join(path, name)
-        blocks = _blocks_of(child)
-        if blocks:
-            yield child_path, blocks
-        else:
-            yield from _find_block_lists(child, child_path)
-
-
-def _blocks_of(container: nn.Module) -> list[nn.Module]:
-    if not isinstance(container, (nn.ModuleList, nn.Sequential)):
-        return []
-    blocks = [_peel(member) for member in container]
-    alike = len({type(block) for block in blocks}) == 1
-    if isinstance(container, nn.Sequential) and not (alike and len(blocks) > 1):
-        return []
-    blocks = [block for block in blocks if _is_block(block)]
-    inner = [_inner_blocks(block) for block in blocks]
-    return [block for stage in inner for block in stage] if blocks and all(inner) else blocks
-
-
-def _inner_blocks(stage: nn.Module) -> list[nn.Module]:
-    """The blocks of a stage (Swin's); none where the module is a block itself, with attention outside such lists."""
-    found = [
-        block
-        for _, blocks in _find_block_lists(stage, "")
-        if len(blocks) > 1 and len({type(block) for block in blocks}) == 1
-        for block in blocks
-    ]
-    covered = {id(module) for block in found for module in block.modules()}
-    for name, module in stage.named_modules():
-        if id(module) not in covered and module is not stage and _is_attention(name, module):
-            return []
-    return found
-
-
-def _is_block(module: nn.Module) -> bool:
-    """A block holds matrices, and attention or a norm: heads and expert lists of plain linear layers do not."""
-    if is_linear(module) or isinstance(module, BaseTunerLayer):
-        return False
-    has_matrix = any(
-        is_linear(inner) or isinstance(inner, nn.MultiheadAttention) or _bare_parameters(inner)
-        for inner in module.modules()
-    )
-    return has_matrix and any(
-        inner is not module and (_is_attention(name, inner) or _other_kind(inner) == "norm")
-        for name, inner in module.named_modules()
-    )
-
-
-def _is_attention(path: str, module: nn.Module) -> bool:
-    return bool(ATTENTION.search(type(module).__name__) or ATTENTION.search(path.rsplit(".", 1)[-1]))
-
-
-def _bare_parameters(module: nn.Module) -> bool:
-    return _other_kind(module) is None and any(
-        tensor.ndim in (2, 3) for tensor in module.parameters(recurse=False)
-    )
-
-
-def _peel(module: nn.Module) -> nn.Module:
-    """The module inside a per-block wrapper (regional compile, activation checkpointing)."""
-    while (inner := getattr(module, "_orig_mod", getattr(module, "_checkpoint_wrapped_module", None))) is not None:
-        module = inner
-    return module
-
-
-class _Walk:
-    """One pass over the module tree that turns parameters into sites, through PEFT's wrappers."""
-
-    def __init__(self, root: nn.Module, block_lists: list[tuple[str, list[nn.Module]]]) -> None:
-        self.blocks = {
-            id(block): (number, index)
-            for number, (_, blocks) in enumerate(block_lists)
-            for index, block in enumerate(blocks)
-        }
-        output = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
-        self.head = id(output) if output is not None else None
-        self.lists: dict[str, int] = {}  # path of a list of alike modules inside a block -> its length
-        self.seen: set[int] = set()
-
-    def visit(
-        self, module: nn.Module, name: str, path: tuple[tuple[str, str], ...], block: tuple[int, int] | None
-    ) -> Iterator[Site]:
-        if id(module) in self.seen:
-            return
-        self.seen.add(id(module))
-        if id(module) in self.blocks:
-            block, path = self.blocks[id(module)], ()
-        elif name:
-            path = (*path, (name.rsplit(".", 1)[-1], type(module).__name__))
-
-        if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's modules_to_save: copies under the original's name
-            copies = getattr(module, "modules_to_save", None)
-            for copy in copies.values() if copies else module.children():
-                for site in self.visit(copy, name, path[:-1], block):
-                    site.saved = True
-                    yield site
-        elif isinstance(module, BaseTunerLayer):
-            inner: nn.Module = module
-            while isinstance(inner, BaseTunerLayer):  # nested where several parameters of one module are adapted
-                yield self._adapter(inner, name, path, block)
-                inner = inner.base_layer
-            yield from self.visit(inner, name, path[:-1], block)
-        else:
-            if block is not None and isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1:
-                if len({type(child) for child in module.children()}) == 1:
-                    self.lists[name] = len(module)
-            yield from self._own(module, name, path, block)
-            for child_name, child in module.named_children():
-                yield from self.visit(child, _join(name, child_name), path, block)
-
-    def _adapter(
-        self, module: BaseTunerLayer, name: str, path: tuple[tuple[str, str], ...], block: tuple[int, int] | None
-    ) -> Site:
-        """All that one PEFT layer adds to its base layer."""
-        base = module.get_base_layer()
-        inside = {id(tensor) for tensor in module.base_layer.parameters()}
-        tensors = [tensor for tensor in module.parameters() if id(tensor) not in inside]
-        parameter = getattr(module, "parameter_name", None)  # LoRA on a bare parameter (target_parameters)
-        shape = linear_shape(base) if parameter is None and is_linear(base) else None
-        kind = "head" if id(base) == self.head else _other_kind(base) or "matrix"
-        full = name if parameter is None or parameter == "weight" else _join(name, parameter)
-        return Site(full, kind, shape, tensors, [], path, block, adapter=True)
-
-    def _own(
-        self, module: nn.Module, name: str, path: tuple[tuple[str, str], ...], block: tuple[int, int] | None
-    ) -> Iterator[Site]:
-        """The parameters that `module` itself holds."""
-        own = dict(module.named_parameters(recurse=False))
-        if not own:
-            return
-        if is_linear(module):
-            kind = "head" if id(module) == self.head else "matrix"
-            weights = [tensor for key, tensor in own.items() if not key.endswith("bias")]
-            biases = [tensor for key, tensor in own.items() if key.endswith("bias")]
-            yield Site(name, kind, linear_shape(module), weights, biases, path, block)
-            return
-        kind = "head" if id(module) == self.head else _other_kind(module) or ""
-        if kind:
-            yield Site(name, kind, None, list(own.values()), [], path, block)
-            return
-        biases_left = {key: tensor for key, tensor in own.items() if key.endswith("bias")}
-        for key, tensor in own.items():
-            if key.endswith("bias"):
-                continue
-            stem = key.removesuffix("weight").rstrip("_")
-            bias = biases_left.pop(f"{stem}_bias" if stem else "bias", None)
-            yield Site(
-                name=name if key == "weight" else _join(name, key),
-                kind="bare" if tensor.ndim in (2, 3) else "vector" if tensor.ndim < 2 else "parameter",
-                shape=(tensor.shape[0], tensor.shape[1]) if tensor.ndim == 2 else None,
-                weights=[tensor],
-                biases=[] if bias is None else [bias],
-                path=path if key == "weight" else (*path, (key, "Parameter")),
-                block=block,
-            )
-        for key, tensor in biases_left.items():
-            yield Site(_join(name, key), "vector", None, [tensor], [], path, block)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` multiplies hidden states by one 2-d weight: `nn.Linear` and its kin, quantized ones too."""
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return True
-    return "Linear" in type(module).__name__ and hasattr(module, "in_features") and hasattr(module, "out_features")
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(output features, input features) of a linear layer."""
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[1]), int(module.weight.shape[0])
-    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-
-
-def _other_kind(module: nn.Module) -> str | None:
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return "embedding"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return "convolution"
-    if "norm" in type(module).__name__.lower():
-        return "norm"
-    return None
-
-
-def _judge_bare_parameters(members: list[Site]) -> None:
-    """A bare parameter of a block is a matrix if one side is the block's width and the others are as large together."""
-    inputs = Counter(site.shape[1] for site in members if site.kind == "matrix" and site.shape is not None)
-    norms = [tensor.numel() for site in members if site.kind == "norm" for tensor in site.weights]
-    widths = {inputs.most_common(1)[0][0]} if inputs else set()
-    widths |= {max(norms)} if norms else set()
-    for site in members:
-        if site.kind == "bare":
-            tensor = site.weights[0]
-            fits = any(width > 1 and width in tensor.shape and tensor.numel() >= width**2 for width in widths)
-            site.kind = "matrix" if fits else "parameter"
-
-
-def _mark_experts_and_routers(members: list[Site], lists: dict[str, int]) -> None:
-    """Experts are fused tensors `[E, ., .]` or a list of E alike modules; a router has E rows and stands beside them."""
-    holders: dict[str, tuple[int, bool]] = {}  # path of the module that holds experts -> E, whether that is certain
-    for site in members:
-        attention = any(ATTENTION.search(part) for segment in site.path for part in segment)
-        if site.kind == "matrix" and not site.adapter and site.weights[0].ndim == 3 and not attention:
-            holder = site.name if site.path[-1][1] != "Parameter" else site.name.rpartition(".")[0]
-            holders[holder] = site.weights[0].shape[0], True
-        for path, number in lists.items():
-            if site.name.startswith(path + "."):
-                holders.setdefault(path, (number, "expert" in path.rpartition(".")[2].lower()))
-    for holder, (number, certain) in holders.items():
-        beside = holder.rpartition(".")[0] + "."
-        routers = [
-            site
-            for site in members
-            if site.kind in ("matrix", "parameter")
-            and site.shape is not None
-            and site.shape[0] == number
-            and site.name.startswith(beside)
-            and not site.name.startswith(holder + ".")
-        ]
-        for router in routers:
-            router.kind = "router"
-        if routers or certain:
-            for site in members:
-                if site.name == holder or site.name.startswith(holder + "."):
-                    site.experts = holder
-    for site in members:
-        segments = [part.lower() for segment in site.path for part in segment]
-        if site.kind == "matrix" and any("router" in segment for segment in segments):
-            site.kind = "router"
-        elif site.experts is None and "experts" in (name for name, _ in site.path):
-            site.experts = site.name
-
-
-def _join(path: str, name: str) -> str:
-    """`path.name`, without the segments that wrappers put between a module and the path that its user knows."""
-    return _WRAPPER_SEGMENTS.sub("", f"{path}.{name}" if path else name).rstrip(".")

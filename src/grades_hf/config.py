@@ -101,10 +101,10 @@ class GradESConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}.")
         for name, unit in (("patience", "checks"), ("check_every", "optimizer steps")):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of {unit}, 1 or more.")
-            setattr(self, name, int(value))
+            number = getattr(self, name)
+            if not is_count(number):
+                raise ValueError(f"{name}={number!r} must be a whole number of {unit}, 1 or more.")
+            setattr(self, name, int(number))
         if not _is_real(self.max_frozen_fraction) or not 0 < self.max_frozen_fraction <= 1:
             raise ValueError(
                 f"max_frozen_fraction={self.max_frozen_fraction!r} must be a number in (0, 1]: the part of the "
@@ -112,20 +112,15 @@ class GradESConfig:
             )
         self.max_frozen_fraction = float(self.max_frozen_fraction)
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if value is None or isinstance(value, str):
-                valid = value != ""
-            else:
-                try:
-                    value = list(value)
-                except TypeError:
-                    value = []
-                valid = bool(value) and all(isinstance(item, str) and item for item in value)
-                setattr(self, name, value if valid else getattr(self, name))
-            if not valid:
+            names = getattr(self, name)
+            if isinstance(names, (list, tuple, set, frozenset)):
+                names = list(names)
+                setattr(self, name, names)
+            valid = names is None or (isinstance(names, (str, list)) and len(names) > 0)
+            if not valid or (isinstance(names, list) and not all(isinstance(item, str) and item for item in names)):
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be a list of module names or name endings, or a regular "
-                    "expression as one string; leave it out for the default."
+                    f"{name}={names!r} must be a list of module names or name endings, or a regular expression as one "
+                    "string; leave it out for the default."
                 )
         for name in ("skip_validation", "keep_frozen"):
             if not isinstance(getattr(self, name), bool):
@@ -136,8 +131,13 @@ class GradESConfig:
         return dataclasses.asdict(self)
 
 
+def is_count(value: object) -> bool:
+    """Whether `value` is a whole number of at least 1 (a bool is none)."""
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
+
+
 def _is_real(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _check_tau(name: str, value: object) -> None:

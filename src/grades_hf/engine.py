@@ -6,7 +6,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .components import Component, find_components
-from .config import GradESConfig
+from .config import GradESConfig, is_count
 from .criterion import Threshold, assign_thresholds, grace_steps
 from .freezer import Freezer, unwrap_optimizer
 from .history import History
@@ -64,7 +63,7 @@ class GradES:
         total_steps: int,
         optimizer: Any = None,
     ) -> None:
-        if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or total_steps < 1:
+        if not is_count(total_steps):
             raise ValueError(f"total_steps={total_steps!r} must be the planned number of optimizer steps, 1 or more.")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size()
@@ -275,8 +274,8 @@ class GradES:
                     norms.append(norm)
         totals: dict[str, float] = {}
         elements: dict[str, int] = {}
-        for (name, numel), norm in zip(owners, _to_host(norms), strict=True):
-            totals[name] = totals.get(name, 0.0) + norm
+        for (name, numel), value in zip(owners, _to_host(norms), strict=True):
+            totals[name] = totals.get(name, 0.0) + value
             elements[name] = elements.get(name, 0) + numel
         if self.config.reduction == "mean":
             totals = {name: total / elements[name] for name, total in totals.items()}

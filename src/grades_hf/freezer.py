@@ -1,4 +1,4 @@
-"""Freezing: no gradient, no update, no optimizer state, whatever else touches the model, and everything undone at the end."""
+"""Freezing: no gradient, no update, no optimizer state, whatever else touches the model; and undoing it at the end."""
 
 from __future__ import annotations
 

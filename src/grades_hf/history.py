@@ -46,16 +46,14 @@ class History:
         cls, components: Iterable[Component], config: dict[str, Any], *, total_steps: int, t_grace: int
     ) -> History:
         """An empty history of these components."""
-        described = [
+        described: list[dict[str, Any]] = [
             {
                 "name": c.name, "group": c.group, "projection": c.projection, "layer": c.layer, "tower": c.tower,
                 "adapter": c.adapter, "numel": c.numel, "monitor": c.monitor, "tau": c.tau,
             }
             for c in components
         ]  # fmt: skip
-        return cls(
-            config, total_steps, t_grace, described, values={item["name"]: array("d") for item in described}
-        )
+        return cls(config, total_steps, t_grace, described, values={item["name"]: array("d") for item in described})
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Add one check: the statistic of every component that was not frozen before it (NaN: no value)."""

@@ -21,6 +21,9 @@ from .labels import ATTENTION, tower_labels
 
 # Path segments that wrappers put between a module and the path that its user knows.
 _WRAPPER_SEGMENTS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
+_ROUTER = re.compile("router", re.IGNORECASE)
+_BARE_ATTENTION = re.compile(r"(attn|attention)$", re.IGNORECASE)  # the end of a class's name
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 Path = tuple[tuple[str, str], ...]
 Block = tuple[int, int]
@@ -72,7 +75,7 @@ def find_sites(root: nn.Module) -> list[Site]:
     block_lists = _block_lists(root)
     walk = _Walk(root, block_lists)
     sites = list(walk.visit(root, "", (), None))
-    towers = tower_labels([path for path, _ in block_lists])
+    towers = tower_labels([part.path for part in block_lists])
     by_block: dict[Block, list[Site]] = {}
     for site in sites:
         if site.block is not None:
@@ -92,50 +95,66 @@ def find_sites(root: nn.Module) -> list[Site]:
 # --- blocks ------------------------------------------------------------------------------------------------------
 
 
-def _block_lists(root: nn.Module) -> list[tuple[str, list[nn.Module]]]:
-    """(path, blocks) of every list of repeated blocks."""
+@dataclass(frozen=True)
+class BlockList:
+    """A list of repeated blocks; `parallel` where each of several lists holds one part of them (XLM)."""
+
+    path: str
+    blocks: list[nn.Module]
+    parallel: bool = False
+
+
+def _block_lists(root: nn.Module) -> list[BlockList]:
     found = list(_search(root, ""))
-    with_attention = {path for path, blocks in found if any(map(_has_attention, blocks))}
-    parents = {path.rpartition(".")[0] for path in with_attention}
+    with_attention = [part for part in found if any(map(_has_attention, part.blocks))]
+    parents = {part.path.rpartition(".")[0] for part in with_attention}
     return [
-        (path, blocks)
-        for path, blocks in found
-        if path in with_attention or path.rpartition(".")[0] not in parents
+        part
+        for part in found
+        if part in with_attention or part.parallel or part.path.rpartition(".")[0] not in parents
     ]
 
 
-def _search(module: nn.Module, path: str) -> Iterator[tuple[str, list[nn.Module]]]:
+def _search(module: nn.Module, path: str) -> Iterator[BlockList]:
     blocks = _blocks_of(module)
     if blocks:
-        yield path, blocks
+        yield BlockList(path, blocks)
         return
+    lists = {name: child for name, child in module.named_children() if isinstance(child, nn.ModuleList)}
+    # XLM keeps `attentions` and `ffns` apart: what lies beside a list of bare attention, and is as long, is part of
+    # the same blocks.
+    lengths = {len(part) for part in lists.values() if any(_BARE_ATTENTION.search(type(m).__name__) for m in part)}
     for name, child in module.named_children():
-        yield from _search(child, _join(path, name))
+        if name in lists and len(lists[name]) in lengths and all(map(_has_matrix, child.children())):
+            yield BlockList(_join(path, name), [_peel(member) for member in child.children()], parallel=True)
+        else:
+            yield from _search(child, _join(path, name))
 
 
 def _blocks_of(container: nn.Module) -> list[nn.Module]:
     """The blocks in a list of modules; none where it is no such list."""
-    if not isinstance(container, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+    if not isinstance(container, _CONTAINERS):
         return []
     blocks = [block for block in map(_peel, container.children()) if _is_block(block)]
-    repeats = Counter(map(type, blocks))
     if not isinstance(container, nn.ModuleList):  # a dict or a sequence of unlike modules is no repetition
+        repeats = Counter(map(type, blocks))
         blocks = [block for block in blocks if repeats[type(block)] > 1 or _has_attention(block)]
     stages = [_inner_blocks(block) for block in blocks]
     inner = [block for stage in stages for block in stage]
     if all(stages) and (len(inner) > len(stages) or all(map(_has_attention, inner))):
-        return inner
+        return [] if isinstance(container, nn.ModuleDict) else inner  # a dict holds parts, not stages
     return blocks
 
 
 def _inner_blocks(stage: nn.Module) -> list[nn.Module]:
     """The blocks of a stage (Swin's); none where the module is a block itself, with attention outside such lists."""
+    if isinstance(stage, _CONTAINERS):
+        return _blocks_of(stage) if all(_is_block(_peel(member)) for member in stage.children()) else []
     found = [
         block
-        for name, child in stage.named_children()
-        for _, blocks in _search(child, name)
-        if len(set(map(type, blocks))) == 1
-        for block in blocks
+        for part in _search(stage, "")
+        if len(set(map(type, part.blocks))) == 1 and not part.parallel
+        for block in part.blocks
     ]
     covered = {id(module) for block in found for module in block.modules()}
     outside = ((name, module) for name, module in stage.named_modules() if id(module) not in covered and name)
@@ -146,13 +165,16 @@ def _is_block(module: nn.Module) -> bool:
     """A block holds matrices, and attention or a norm: heads and experts made of linear layers only do not."""
     if is_linear(module) or isinstance(module, BaseTunerLayer):
         return False
-    inner = list(module.modules())
-    has_matrix = any(is_linear(part) or isinstance(part, BaseTunerLayer) or _bare(part) for part in inner)
-    return has_matrix and (_has_attention(module) or any(map(_is_norm_like, inner[1:])))
+    norm = any(_is_norm_like(part) for part in module.modules() if part is not module)
+    return _has_matrix(module) and (norm or _has_attention(module))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(is_linear(part) or isinstance(part, BaseTunerLayer) or _bare(part) for part in module.modules())
 
 
 def _has_attention(module: nn.Module) -> bool:
-    return any(name and _is_attention(name, inner) for name, inner in module.named_modules())
+    return any(_is_attention(name, inner) for name, inner in module.named_modules())
 
 
 def _is_attention(path: str, module: nn.Module) -> bool:
@@ -184,12 +206,13 @@ def _peel(module: nn.Module) -> nn.Module:
 class _Walk:
     """One pass over the module tree that turns parameters into sites, through PEFT's wrappers."""
 
-    def __init__(self, root: nn.Module, block_lists: list[tuple[str, list[nn.Module]]]) -> None:
+    def __init__(self, root: nn.Module, block_lists: list[BlockList]) -> None:
         self.blocks = {
             id(block): (number, index)
-            for number, (_, blocks) in enumerate(block_lists)
-            for index, block in enumerate(blocks)
+            for number, part in enumerate(block_lists)
+            for index, block in enumerate(part.blocks)
         }
+        self.parallel = {id(block) for part in block_lists if part.parallel for block in part.blocks}
         output = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
         self.head = id(output) if output is not None else None
         self.lists: dict[str, int] = {}  # path of a list of alike modules inside a block -> its length
@@ -200,7 +223,8 @@ class _Walk:
             return
         self.seen.add(id(module))
         if id(module) in self.blocks:
-            block, path = self.blocks[id(module)], ()
+            block = self.blocks[id(module)]
+            path = (path[-1],) if id(module) in self.parallel else ()
         elif name:
             path = (*path, (name.rpartition(".")[2], type(module).__name__))
 
@@ -233,6 +257,9 @@ class _Walk:
         tensors = [tensor for tensor in module.parameters() if id(tensor) not in inside]
         parameter = getattr(module, "parameter_name", None)  # LoRA on a bare parameter (target_parameters)
         linear = parameter is None and is_linear(base)
+        shape = linear_shape(base) if linear else None
+        if parameter is not None and (bare := getattr(base, parameter)).ndim == 2:
+            shape = tuple(bare.shape)
         return Site(
             name=name if parameter is None or parameter == "weight" else _join(name, parameter),
             kind="head" if id(base) == self.head else _layer_kind(base) or "matrix",
@@ -240,7 +267,7 @@ class _Walk:
             biases=[],
             path=path,
             block=block,
-            shape=linear_shape(base) if linear else None,
+            shape=shape,
             linear=linear,
             adapter=True,
         )
@@ -330,18 +357,51 @@ def _judge_bare_parameters(members: list[Site]) -> None:
         spans = any(width in shape and shape.numel() >= width**2 for width in widths)
         diagonal = len(shape) == 3 and shape[1] == shape[2] and shape[0] * shape[1] in widths
         site.kind = "matrix" if spans or diagonal else "parameter"
+        site.expert = spans and len(shape) == 3 and not _names(site, ATTENTION)
 
 
 def _mark_experts_and_routers(members: list[Site], lists: dict[str, int]) -> None:
-    """Experts are fused tensors `[E, ., .]` or a list of E alike modules; a router has E rows and stands beside them."""
+    """Experts are fused tensors `[E, ., .]` or a list of E alike modules; a router stands beside them with E rows.
+
+    What is called a router is one in any case, and what lies in a module called `experts` is an expert.
+    """
     holders: dict[str, tuple[int, bool]] = {}  # path of the module that holds experts -> E, whether that is certain
     for site in members:
-        attention = any(ATTENTION.search(part) for segment in site.path for part in segment)
-        fused = site.kind == "matrix" and not site.adapter and site.weights[0].ndim == 3
-        if fused and not (attention and site.path[-1][1] == "Parameter" and len(site.path) < 3):
+        if site.expert:
             holder = site.name if site.path[-1][1] != "Parameter" else site.name.rpartition(".")[0]
             holders[holder] = site.weights[0].shape[0], True
         for path, number in lists.items():
             if site.name.startswith(path + "."):
                 holders.setdefault(path, (number, "expert" in path.rpartition(".")[2].lower()))
-    return holders
+    matrices = [site for site in members if site.kind in ("matrix", "parameter")]
+    for holder, (number, certain) in holders.items():
+        beside = holder.rpartition(".")[0] + "."
+        branches: dict[str, dict[str, list[Site]]] = {}
+        for site in matrices:
+            if site.name.startswith(beside) and not f"{site.name}.".startswith(f"{holder}."):
+                branch = site.name[len(beside) :].partition(".")[0]
+                branches.setdefault(branch, {}).setdefault(site.name, []).append(site)
+        # A shared expert may have E rows too, but it is never alone.
+        alone = [next(iter(branch.values())) for branch in branches.values() if len(branch) == 1]
+        routers = [site for sites in alone for site in sites if site.shape is not None and site.shape[0] == number]
+        for site in routers:
+            site.kind = "router"
+        for site in members:
+            if (routers or certain) and f"{site.name}.".startswith(f"{holder}."):
+                site.expert = True
+    for site in matrices:
+        if site.kind == "matrix" and _names(site, _ROUTER):
+            site.kind = "router"
+        elif "experts" in (attribute for attribute, _ in site.path):
+            site.expert = True
+
+
+def _names(site: Site, words: re.Pattern[str]) -> bool:
+    """Whether an attribute or class on the way from the block to the site is called by one of the words."""
+    return any(words.search(part) for segment in site.path for part in segment)
+
+
+
+def _join(path: str, name: str) -> str:
+    """`path.name`, without the segments that wrappers put between a module and the path that its user knows."""
+    return _WRAPPER_SEGMENTS.sub("", f"{path}.{name}" if path else name).rstrip(".")

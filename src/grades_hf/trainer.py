@@ -1,4 +1,4 @@
-"""GradESTrainer: `Trainer` with GradES as an argument, whose figures reach every reporter (TensorBoard, W&B, trackio)."""
+"""GradESTrainer: `Trainer` with GradES as an argument; its figures reach all reporters (TensorBoard, W&B, trackio)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class GradESTrainerMixin(_Base):
 
     def __init__(self, *args: Any, grades: GradESConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if grades is None:
-            raise ValueError(f"{type(self).__name__} needs grades=GradESConfig(tau=...); without it, use its base class.")
+            raise ValueError(
+                f"{type(self).__name__} needs grades=GradESConfig(tau=...); without it, use its base class."
+            )
         super().__init__(*args, **kwargs)
         self.add_callback(GradESCallback(grades))
         self.grades_callback.on_init_end(self.args, self.state, self.control, model=self.model)

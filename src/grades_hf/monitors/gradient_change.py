@@ -1,4 +1,4 @@
-"""gradient_change: how much the gradient differs from the one a step before (Eq. 1, the paper's choice for full weights)."""
+"""gradient_change: how much the gradient differs from that of the step before (Eq. 1, the paper's for full weights)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from .norms import l1_norm
 
 
 class GradientNorm(Monitor):
-    r"""$G_W(t) = \sum_{ij} |(\nabla W_t)_{ij}|$; for an adapter the sum over its tensors, $\|\nabla A\|_1 + \|\nabla B\|_1$."""
+    r"""$G_W(t) = \sum_{ij} |(\nabla W_t)_{ij}|$; of an adapter: $\|\nabla A\|_1 + \|\nabla B\|_1$."""
 
     name = "gradient_norm"
     compares_steps = False

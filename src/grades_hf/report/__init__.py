@@ -1,0 +1,6 @@
+"""Reports on a finished run: a summary as numbers or text, and figures (which need the extra `plots`)."""
+
+from .plots import plot_freezing_map, plot_run, plot_statistic
+from .summary import summarize, table_rows, to_markdown
+
+__all__ = ["plot_freezing_map", "plot_run", "plot_statistic", "summarize", "table_rows", "to_markdown"]

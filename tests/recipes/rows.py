@@ -1,0 +1,98 @@
+"""Hand-written rows in the columns of each benchmark, and files that hold them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+CHOICES = {"text": ["ice", "steam", "sand"], "label": ["A", "B", "C"]}
+ROWS: dict[str, dict[str, Any]] = {
+    "boolq": {"question": "is glass a liquid", "answer": False, "passage": "Glass is an amorphous solid."},
+    "piqa": {"goal": "Keep bread fresh", "sol1": "Leave it in the sun.", "sol2": "Put it in a box.", "label": 1},
+    "siqa": {
+        "context": "Mia lent Tom a pen.",
+        "question": "How would Tom feel?",
+        "answerA": "thankful",
+        "answerB": "angry",
+        "answerC": "asleep",
+        "label": "1",
+    },
+    "hellaswag": {
+        "ind": 4,
+        "activity_label": "Baking",
+        "ctx_a": "[header] How to bake [title] Start  early.",
+        "ctx_b": "then the baker",
+        "ctx": "unused",
+        "endings": ["lights the oven. [substeps] Wait.", " sings."],
+        "label": "0",
+    },
+    "winogrande": {
+        "sentence": "The cup did not fit in the box because _ was too big.",
+        "option1": "the cup",
+        "option2": "the box",
+        "answer": "1",
+    },
+    "openbookqa": {"id": "1", "question_stem": "Frozen water is", "choices": CHOICES, "answerKey": "A"},
+    "arc_challenge": {"id": "2", "question": "What is hot?", "choices": CHOICES, "answerKey": "B"},
+    "arc_easy": {
+        "id": "3",
+        "question": "What is a grain?",
+        "choices": {"text": ["ice", "steam", "sand"], "label": ["1", "2", "3"]},
+        "answerKey": "3",
+    },
+}
+FORMATTED: dict[str, tuple[str, list[str], int]] = {
+    "boolq": ("Glass is an amorphous solid.\nQuestion: is glass a liquid?\nAnswer:", ["no", "yes"], 0),
+    "piqa": ("Question: Keep bread fresh\nAnswer:", ["Leave it in the sun.", "Put it in a box."], 1),
+    "siqa": ("Q: Mia lent Tom a pen. How would Tom feel?\nA:", ["thankful", "angry", "asleep"], 0),
+    "hellaswag": (
+        "Baking: How to bake. Start early. Then the baker",
+        ["lights the oven. Wait.", "sings."],
+        0,
+    ),
+    "winogrande": (
+        "The cup did not fit in the box because",
+        ["the cup was too big.", "the box was too big."],
+        0,
+    ),
+    "openbookqa": ("Frozen water is", ["ice", "steam", "sand"], 0),
+    "arc_challenge": ("Question: What is hot?\nAnswer:", ["ice", "steam", "sand"], 1),
+    "arc_easy": ("Question: What is a grain?\nAnswer:", ["ice", "steam", "sand"], 2),
+}
+_NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana")
+_THINGS = ("ball", "book", "cake", "coat", "drum", "fish", "game", "hat")
+
+
+def siqa_rows(number: int, skip: int = 0) -> list[dict[str, Any]]:
+    """Different rows in SIQA's columns; the rows of two calls with other `skip` ranges share no text."""
+    rows = []
+    for index in range(skip, skip + number):
+        giver, thing = _NAMES[index % 8], _THINGS[index // 8 % 8]
+        rows.append(
+            {
+                "context": f"{giver} gave a {thing} to child number {index}.",
+                "question": "How did the child feel?",
+                "answerA": "happy",
+                "answerB": "very sad",
+                "answerC": f"like a {thing}",
+                "label": str(index % 3 + 1),
+            }
+        )
+    return rows
+
+
+def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as JSON lines, compressed if the name says so."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    file.write_bytes(gzip.compress(text.encode()) if file.suffix == ".gz" else text.encode())
+    return file
+
+
+def siqa_dir(folder: Path, train: int = 48, validation: int = 12) -> Path:
+    """A data directory with disjoint rows for the task siqa."""
+    write_jsonl(folder / "siqa" / "train.jsonl.gz", siqa_rows(train))
+    write_jsonl(folder / "siqa" / "validation.jsonl.gz", siqa_rows(validation, skip=1000))
+    return folder
