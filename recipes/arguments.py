@@ -36,14 +36,10 @@ class ModelArguments:
     model: str = _argument(
         "Local directory or hub id of a causal language model.", "HuggingFaceTB/SmolLM2-135M-Instruct"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _argument(
-        "Type of the weights; auto: as saved.", "auto"
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _argument("Type of the weights; auto: as saved.", "auto")
     method: Literal["full", "lora"] = _argument("Train all weights, or LoRA adapters.", "lora")
     lora_r: int = _argument("Rank of the adapters.", 16)
-    lora_alpha: int = _argument(
-        "Scale of the adapters: their product is multiplied by lora_alpha / lora_r.", 32
-    )
+    lora_alpha: int = _argument("Scale of the adapters: their product is multiplied by lora_alpha / lora_r.", 32)
     lora_dropout: float = _argument("Dropout before the adapters.", 0.0)
     lora_target_modules: str = _argument(
         "What gets an adapter, by PEFT's conventions: all-linear, a regular expression, or a list of names as JSON.",
@@ -71,9 +67,7 @@ class DataArguments:
     )
     train_split: str = _argument("Split to train on.", "train")
     train_samples: int | None = _argument("Number of rows to train on; default: all.")
-    holdout_samples: int = _argument(
-        "Training rows set aside for evaluations during training (eval_strategy).", 0
-    )
+    holdout_samples: int = _argument("Training rows set aside for evaluations during training (eval_strategy).", 0)
     max_length: int = _argument("Tokens a row; longer prompts lose their beginning.", 1024)
 
 
@@ -95,7 +89,7 @@ def _grades_help() -> dict[str, str]:
     parts = re.split(r"\n {4}(\w+): ", inspect.getdoc(GradESConfig) or "")
     return {
         name: " ".join(text.split("\n\n")[0].split()).replace("%", "%%")
-        for name, text in zip(parts[1::2], parts[2::2])
+        for name, text in zip(parts[1::2], parts[2::2], strict=True)
     }
 
 
@@ -106,9 +100,7 @@ def _grades_fields() -> list[tuple[str, Any, Any]]:
     for option in dataclasses.fields(GradESConfig):
         kind = hints[option.name] if isinstance(hints[option.name], type) else str | None
         default = None if option.default is dataclasses.MISSING else option.default
-        fields.append(
-            (RENAMED.get(option.name, option.name), kind, _argument(help.get(option.name, ""), default))
-        )
+        fields.append((RENAMED.get(option.name, option.name), kind, _argument(help.get(option.name, ""), default)))
     return fields
 
 
@@ -154,9 +146,7 @@ def parse(types: Sequence[Any], argv: Sequence[str], description: str | None = N
         SystemExit: a value has the wrong type, or help was asked for (as argparse does).
     """
     parser: Any = HfArgumentParser(types, allow_abbrev=False, description=description)
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", help="Arguments as a YAML mapping; the command line wins."
-    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="Arguments as a YAML mapping; the command line wins.")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     config, rest = first.parse_known_args(argv)

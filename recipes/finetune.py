@@ -82,9 +82,7 @@ def prepare(argv: list[str]) -> Plan:
         ValueError: anything that cannot work; names the argument, its value and the remedy.
     """
     types = (ModelArguments, DataArguments, GradESArguments, EvaluationArguments, TrainingArguments)
-    model, data, freezing, evaluation, training = parse(
-        types, argv, description=(__doc__ or "").split("\n\n")[0]
-    )
+    model, data, freezing, evaluation, training = parse(types, argv, description=(__doc__ or "").split("\n\n")[0])
     grades = grades_config(freezing)
     if model.method == "lora":
         model.lora_config()
@@ -129,8 +127,12 @@ def prepare(argv: list[str]) -> Plan:
     )  # fmt: skip
 
 
-def run(plan: Plan) -> dict[str, Any]:
-    """Evaluate, train, evaluate, report; returns what `results.json` holds."""
+def build(plan: Plan) -> tuple[Trainer, FlopCounterCallback]:
+    """Load the model and set up its trainer.
+
+    Raises:
+        ValueError: an option that does not fit this model: a threshold or a pattern that matches nothing, for example.
+    """
     for what, source in plan.sources.items():
         logger.info("%s: %s", what, source)
     tokenizer = load_tokenizer(plan.location)
@@ -140,11 +142,11 @@ def run(plan: Plan) -> dict[str, Any]:
     set_seed(plan.training.seed)
     if plan.model.method == "lora":
         model = get_peft_model(model, plan.model.lora_config())
-    if (
-        plan.grades is not None
-    ):  # its thresholds fit this model: better refused now than after the first evaluation
+    if plan.grades is not None:  # its thresholds fit this model: better refused now than after the first evaluation
         assign_thresholds(find_components(model, plan.grades), plan.grades.tau)
 
+    if not torch.accelerator.is_available():
+        plan.training.dataloader_pin_memory = False
     flops = FlopCounterCallback()
     options: dict[str, Any] = {
         "model": model,
@@ -155,8 +157,13 @@ def run(plan: Plan) -> dict[str, Any]:
         "processing_class": tokenizer,
         "callbacks": [flops],
     }
-    trainer = Trainer(**options) if plan.grades is None else GradESTrainer(**options, grades=plan.grades)
+    return Trainer(**options) if plan.grades is None else GradESTrainer(**options, grades=plan.grades), flops
 
+
+def run(plan: Plan, trainer: Trainer, flops: FlopCounterCallback) -> dict[str, Any]:
+    """Evaluate, train, evaluate, report; returns what `results.json` holds."""
+    model: Any = trainer.model
+    tokenizer: Any = trainer.processing_class
     output = plan.output
     seconds = {"training": 0.0, "evaluation": 0.0}
     scores: dict[str, Any] = {"task": plan.task.name, "rows": len(plan.test)}
@@ -164,9 +171,7 @@ def run(plan: Plan) -> dict[str, Any]:
     def measure(when: str) -> None:
         logger.info("Accuracy %s training, on %d rows of %s:", when, len(plan.test), plan.task.name)
         started = time.perf_counter()
-        scores[when] = evaluate(
-            model, tokenizer, plan.task.name, plan.test, plan.training.per_device_eval_batch_size
-        )
+        scores[when] = evaluate(model, tokenizer, plan.task.name, plan.test, plan.training.per_device_eval_batch_size)
         seconds["evaluation"] += time.perf_counter() - started
 
     main_process = plan.training.process_index == 0
@@ -238,9 +243,7 @@ def _check_output_dir(output: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ValueError(
-            f"output_dir={str(output)!r} cannot be written: {error}. Pass another one."
-        ) from error
+        raise ValueError(f"output_dir={str(output)!r} cannot be written: {error}. Pass another one.") from error
 
 
 def _earlier_scores(output: Path, scores: dict[str, Any]) -> dict[str, float] | None:
@@ -274,12 +277,11 @@ def main(argv: list[str] | None = None) -> None:
     configure_logging()
     try:
         plan = prepare(sys.argv[1:] if argv is None else argv)
+        trainer, flops = build(plan)
     except ValueError as error:
         sys.exit(f"finetune.py: error: {error}")
-    if not torch.accelerator.is_available():
-        plan.training.dataloader_pin_memory = False
     with logging_redirect_tqdm():  # lines go above a progress bar, not into it
-        run(plan)
+        run(plan, trainer, flops)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""FlopCounterCallback: the floating-point operations of a run's real steps, against the same run with nothing frozen."""
+"""FlopCounterCallback: the floating-point operations of a run's steps, against the same run with nothing frozen."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class FlopCounterCallback(TrainerCallback, ExportableState):
 
     What it is compared with: the same run with nothing frozen and all planned steps. Forward work does not depend on
     what is frozen, so a step's full cost is its forward FLOPs times r, with r = (all FLOPs) / (forward FLOPs) of the
-    counted steps before the first freezing. Planned steps that were not run are taken at the mean full cost of those
+    steps before the first freezing. Planned steps that were not run are taken at the mean full cost of those
     that were.
 
     Args:
@@ -77,7 +77,7 @@ class FlopCounterCallback(TrainerCallback, ExportableState):
         steps: Optimizer steps seen.
         total: FLOPs of these steps.
         forward: FLOPs of their forward passes.
-        unfrozen_total: FLOPs of the counted steps before the first freezing.
+        unfrozen_total: FLOPs of the steps before the first freezing.
         unfrozen_forward: FLOPs of their forward passes.
     """
 
@@ -98,7 +98,7 @@ class FlopCounterCallback(TrainerCallback, ExportableState):
         self._hooks: list[RemovableHandle] = []
 
     def summary(self) -> dict[str, float]:
-        """`used` and `full` (FLOPs of the run as it was, and of the full run), `saved` (the part of `full` not used)."""
+        """`used` and `full`: FLOPs of the run as it was, and of the full run; `saved`: the part of `full` not used."""
         if not self.unfrozen_forward:
             return {}
         full = self.forward * self.unfrozen_total / self.unfrozen_forward * self._planned / self.steps
@@ -144,15 +144,15 @@ class FlopCounterCallback(TrainerCallback, ExportableState):
             flops, forward = float(self._counter.total), float(self._step_forward)
             self._counter, self._since, self._counted_live = None, 0, self._live
             self._rates = (flops / self._elements, forward / self._elements)
-            if self._live == self.trainable:
-                self.unfrozen_total += flops
-                self.unfrozen_forward += forward
         else:
             flops, forward = (rate * self._elements for rate in self._rates)
         self._since += 1
         self.steps += 1
         self.total += flops
         self.forward += forward
+        if self._live == self.trainable:
+            self.unfrozen_total += flops
+            self.unfrozen_forward += forward
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

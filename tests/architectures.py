@@ -30,14 +30,16 @@ class Architecture:
     labels: dict[str, str]
     lora: int
     idle: str | None = None  # components that these inputs give no gradient (experts that no token goes to)
-    listed: bool = True  # named in the project's own list, or one that the rule was not written for
+    listed: bool = True  # one of those that the project set out to cover
     lora_targets: str | list[str] = field(default="all-linear")
 
 
 TABLE: dict[str, Architecture] = {}
 
 
-def small(name: str, cls: str, config: dict[str, Any], inputs: Inputs, matrices: int, weights: str, **rest: Any) -> None:
+def small(
+    name: str, cls: str, config: dict[str, Any], inputs: Inputs, matrices: int, weights: str, **rest: Any
+) -> None:
     """Add a model of transformers, by class and configuration."""
 
     def build() -> nn.Module:
@@ -352,15 +354,16 @@ ENCODER_DECODER_LABELS = {
     "model.decoder.layers.1.encoder_attn.out_proj": "1 attention o decoder",
     "model.decoder.layers.0.fc1": "0 mlp up decoder",
 }
-small(
-    "BART", "BartForConditionalGeneration", BART, sequences, 32, ENCODER_DECODER, labels=ENCODER_DECODER_LABELS
-)
+small("BART", "BartForConditionalGeneration", BART, sequences, 32, ENCODER_DECODER, labels=ENCODER_DECODER_LABELS)
 small(
     "Whisper", "WhisperForConditionalGeneration",
     BART | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}, mel, 32,
     ENCODER_DECODER, labels=ENCODER_DECODER_LABELS,
 )  # fmt: skip
-for _name, _class, _root in (("ViT", "ViTForImageClassification", "vit"), ("DeiT", "DeiTForImageClassification", "deit")):
+for _name, _class, _root in (
+    ("ViT", "ViTForImageClassification", "vit"),
+    ("DeiT", "DeiTForImageClassification", "deit"),
+):
     small(
         _name, _class, VIT, image, 12, _root + r".layers.\d.(attention.[qkvo]_proj|mlp.fc[12]).weight",
         labels={
@@ -378,11 +381,12 @@ for _name, _class, _more in (("CLIP", "CLIPModel", {"projection_dim": 16}), ("Si
         labels=tower_labels("text_model.encoder.layers", "language")
         | tower_labels("vision_model.encoder.layers", "vision"),
     )  # fmt: skip
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 QWEN_TOKENS = {"image_token_id": 93, "vision_start_token_id": 92, "vision_end_token_id": 95, "video_token_id": 94}
 small(
     "Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration",
     {
-        "text_config": LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+        "text_config": LLAMA | {"rope_parameters": MROPE},
         "vision_config": {
             "hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 4, "out_hidden_size": 32,
             "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1],
@@ -421,14 +425,14 @@ small(
     | llama_labels("model.language_model.layers", "language"),
 )  # fmt: skip
 
-# --- architectures that the rule was not written for -------------------------------------------------------------
+# --- others -------------------------------------------------------------------------------------------------------
 
 
-def unlisted(*arguments: Any, **options: Any) -> None:
+def other(*arguments: Any, **options: Any) -> None:
     small(*arguments, **options, listed=False)
 
 
-unlisted(
+other(
     "Swin", "SwinForImageClassification",
     {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4},
     lambda: image(32), 18, r"swin.encoder.layers.\d.blocks.\d.(attention.[qkvo]_proj|mlp.fc[12]).weight",
@@ -438,7 +442,7 @@ unlisted(
         "swin.encoder.layers.1.blocks.0.mlp.fc2": "2 mlp down",
     },
 )  # fmt: skip
-unlisted(
+other(
     "Hiera", "HieraForImageClassification",
     {
         "embed_dim": 16, "image_size": [32, 32], "depths": [1, 2], "num_heads": [1, 2], "num_query_pool": 1,
@@ -450,7 +454,7 @@ unlisted(
         "hiera.encoder.stages.1.layers.1.mlp.fc1": "2 mlp up",
     },
 )  # fmt: skip
-unlisted(
+other(
     "Segformer", "SegformerForImageClassification",
     {
         "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32],
@@ -462,7 +466,7 @@ unlisted(
         "segformer.stages.1.blocks.0.mlp.fc1": "1 mlp up",
     },
 )  # fmt: skip
-unlisted(
+other(
     "ConvNeXt", "ConvNextForImageClassification",
     {"hidden_sizes": [16, 24], "depths": [2, 2], "num_stages": 2, "image_size": 32}, lambda: image(32), 8,
     r"convnext.encoder.stages.\d.layers.\d.pwconv[12].weight",
@@ -471,12 +475,12 @@ unlisted(
         "convnext.encoder.stages.1.layers.0.pwconv2": "2 mlp down",
     },
 )  # fmt: skip
-unlisted(
+other(
     "BEiT", "BeitForImageClassification", VIT | {"use_relative_position_bias": True, "out_indices": [1]}, image, 12,
     r"beit.layers.\d.(attention.[qkvo]_proj|mlp.fc[12]).weight",
     labels={"beit.layers.0.attention.k_proj": "0 attention k", "beit.layers.1.mlp.fc1": "1 mlp up"},
 )  # fmt: skip
-unlisted(
+other(
     "DINOv2", "Dinov2ForImageClassification", VIT | {"mlp_ratio": 2, "use_swiglu_ffn": True}, image, 14,
     r"dinov2.encoder.layer.\d.(attention.[qkvo]_proj|mlp.(gate|up|down)_proj).weight",
     labels={
@@ -484,7 +488,7 @@ unlisted(
         "dinov2.encoder.layer.1.mlp.gate_proj": "1 mlp gate",
     },
 )  # fmt: skip
-unlisted(
+other(
     "XLNet", "XLNetLMHeadModel",
     {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, **SPECIAL}, text, 14,
     r"transformer.layer.\d.(rel_attn.[qkvor]|ff.layer_[12].weight)",
@@ -495,7 +499,7 @@ unlisted(
     },
     lora=4,
 )  # fmt: skip
-unlisted(
+other(
     "XLM", "XLMWithLMHeadModel",
     {"vocab_size": VOCABULARY, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}, text, 12,
     r"transformer.(attentions.\d.(q|k|v|out)_lin|ffns.\d.lin[12]).weight",
@@ -505,7 +509,7 @@ unlisted(
         "transformer.ffns.1.lin1": "1 mlp up",
     },
 )  # fmt: skip
-unlisted(
+other(
     "ALBERT", "AlbertForMaskedLM", BERT | {"embedding_size": 16}, text, 6,
     r"albert.encoder.albert_layer_groups.0.albert_layers.0.(attention.(query|key|value|dense)|ffn|ffn_output).weight",
     labels={
@@ -514,14 +518,14 @@ unlisted(
         "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn_output": "0 mlp down",
     },
 )  # fmt: skip
-unlisted(
+other(
     "Mamba", "MambaForCausalLM",
     {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 16, **SPECIAL}, text, 8,
     r"backbone.layers.\d.mixer.(in|x|dt|out)_proj.weight",
     labels={"backbone.layers.0.mixer.in_proj": "0 mixer in_proj", "backbone.layers.1.mixer.x_proj": "1 mixer x_proj"},
     lora=4, lora_targets=["in_proj", "x_proj"],  # PEFT refuses out_proj, and dt_proj's adapter is never called
 )  # fmt: skip
-unlisted(
+other(
     "Mamba 2", "Mamba2ForCausalLM",
     {
         "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "num_heads": 8,
@@ -531,7 +535,7 @@ unlisted(
     labels={"backbone.layers.1.mixer.out_proj": "1 mixer out_proj"},
     lora=2, lora_targets=["in_proj"],
 )  # fmt: skip
-unlisted(
+other(
     "RWKV", "RwkvForCausalLM",
     {
         "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32,
@@ -544,7 +548,7 @@ unlisted(
         "rwkv.blocks.1.feed_forward.value": "1 mlp value",
     },
 )  # fmt: skip
-unlisted(
+other(
     "xLSTM", "xLSTMForCausalLM",
     {
         "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4,
@@ -558,7 +562,7 @@ unlisted(
         "backbone.blocks.1.ffn.proj_down": "1 mlp down",
     },
 )  # fmt: skip
-unlisted(
+other(
     "Jamba", "JambaForCausalLM",
     LLAMA | {
         "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
@@ -575,7 +579,7 @@ unlisted(
     },
     lora=11, idle=r".*\.mamba\.dt_proj",  # its adapter is never called
 )  # fmt: skip
-unlisted(
+other(
     "Falcon-H1", "FalconH1ForCausalLM",
     LLAMA | {
         "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1,
@@ -591,7 +595,7 @@ unlisted(
     lora=16,  # PEFT refuses out_proj
     lora_targets=["in_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 )  # fmt: skip
-unlisted(
+other(
     "Zamba 2", "Zamba2ForCausalLM",
     LLAMA | {
         "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "num_mem_blocks": 1,
@@ -609,7 +613,7 @@ unlisted(
         "model.layers.1.shared_transformer.feed_forward.gate_up_proj": "1 mlp gate_up",
     },
 )  # fmt: skip
-unlisted(
+other(
     "RecurrentGemma", "RecurrentGemmaForCausalLM", LLAMA | {"lru_width": 32, "num_hidden_layers": 3}, text, 23,
     r"model.layers.\d.(temporal_block.(linear_(x|y|out)|[qkvo]_proj).weight|mlp_block.(gate|up|down)_proj.weight"
     r"|temporal_block.rg_lru.(input|recurrent)_gate_weight)",
@@ -621,7 +625,7 @@ unlisted(
     },
     lora=19,
 )  # fmt: skip
-unlisted(
+other(
     "DBRX", "DbrxForCausalLM",
     {
         "vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, **SPECIAL,
@@ -637,7 +641,7 @@ unlisted(
     },
     lora=4,
 )  # fmt: skip
-unlisted(
+other(
     "Llama 4", "Llama4ForCausalLM",
     LLAMA | {"num_local_experts": 4, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2}, text, 16,
     r"model.layers.\d.(self_attn.[qkvo]_proj.weight|feed_forward.(shared_expert.)?(gate|up|down)_proj.weight"
@@ -649,13 +653,16 @@ unlisted(
     },
     lora=14, lora_targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 )  # fmt: skip
-SHARED_EXPERT = rf"model.layers.\d.({ATTENTION}.weight|mlp.shared_expert.(gate|up|down)_proj.weight|mlp.experts.(gate_up|down)_proj)"
-unlisted(
+SHARED_EXPERT = (
+    rf"model.layers.\d.({ATTENTION}.weight|mlp.shared_expert.(gate|up|down)_proj.weight"
+    r"|mlp.experts.(gate_up|down)_proj)"
+)
+other(
     "Qwen2-MoE", "Qwen2MoeForCausalLM", LLAMA | EXPERTS | {"shared_expert_intermediate_size": 24}, text, 18,
     SHARED_EXPERT,
     labels=MOE_LABELS | {"model.layers.1.mlp.shared_expert.up_proj": "1 mlp up"}, lora=14,
 )  # fmt: skip
-unlisted(
+other(
     "Qwen3-Next", "Qwen3NextForCausalLM",
     LLAMA | EXPERTS | {  # like the real one with as many experts as the shared expert has features
         "shared_expert_intermediate_size": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -673,7 +680,7 @@ unlisted(
     },
     lora=11,
 )  # fmt: skip
-unlisted(
+other(
     "JetMoe", "JetMoeForCausalLM", LLAMA | EXPERTS | {"kv_channels": 8}, text, 10,
     r"model.layers.\d.(mlp.(in|out)put_linear|self_attention.experts.(in|out)put_linear|self_attention.kv_proj).weight",
     labels={
@@ -683,7 +690,7 @@ unlisted(
     },
     lora=2,
 )  # fmt: skip
-unlisted(
+other(
     "GraniteMoE", "GraniteMoeForCausalLM", LLAMA | EXPERTS, text, 12,
     r"model.layers.\d.(self_attn.[qkvo]_proj.weight|block_sparse_moe.experts.(gate_up|down)_proj)",
     labels={
@@ -692,7 +699,7 @@ unlisted(
     },
     lora=8,
 )  # fmt: skip
-unlisted(
+other(
     "Switch", "SwitchTransformersForConditionalGeneration",
     T5 | {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 4}, sequences, 44,
     r"(en|de)coder.block.\d.layer.\d.((SelfAttention|EncDecAttention).[qkvo]|mlp.(experts.expert_\d.)?w[io]).weight",
@@ -703,7 +710,7 @@ unlisted(
     },
     idle=r".*\.experts\..*",
 )  # fmt: skip
-unlisted(
+other(
     "NLLB-MoE", "NllbMoeForConditionalGeneration",
     BART | {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "expert_capacity": 64}, sequences, 44,
     r"model.(en|de)coder.layers.\d.((self_attn|cross_attention).(q|k|v|out)_proj|ffn.(experts.expert_\d.)?fc[12]).weight",
@@ -713,24 +720,24 @@ unlisted(
     },
     idle=r".*\.experts\..*",
 )  # fmt: skip
-unlisted(
+other(
     "MPT", "MptForCausalLM", {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
     text, 8, r"transformer.blocks.\d.(attn.(Wqkv|out_proj)|ffn.(up|down)_proj).weight",
     labels={"transformer.blocks.0.attn.Wqkv": "0 attention qkv", "transformer.blocks.1.ffn.down_proj": "1 mlp down"},
 )  # fmt: skip
-unlisted(
+other(
     "GPT-J", "GPTJForCausalLM", GPT2 | {"rotary_dim": 4}, text, 12,
     r"transformer.h.\d.(attn.(q|k|v|out)_proj|mlp.fc_(in|out)).weight",
     labels={"transformer.h.0.attn.out_proj": "0 attention o", "transformer.h.1.mlp.fc_in": "1 mlp up"},
 )  # fmt: skip
-unlisted(
+other(
     "GPTBigCode", "GPTBigCodeForCausalLM", GPT2, text, 8,
     r"transformer.h.\d.(attn.(c_attn|c_proj)|mlp.(c_fc|c_proj)).weight",
     labels={"transformer.h.0.attn.c_attn": "0 attention qkv", "transformer.h.1.mlp.c_proj": "1 mlp down"},
 )  # fmt: skip
-unlisted("StableLM", "StableLmForCausalLM", LLAMA | {"qk_layernorm": True}, text, 14, LLAMA_WEIGHTS, labels=LLAMA_LABELS)
-unlisted("Cohere 2", "Cohere2ForCausalLM", LLAMA, text, 14, LLAMA_WEIGHTS, labels=LLAMA_LABELS)
-unlisted(
+other("StableLM", "StableLmForCausalLM", LLAMA | {"qk_layernorm": True}, text, 14, LLAMA_WEIGHTS, labels=LLAMA_LABELS)
+other("Cohere 2", "Cohere2ForCausalLM", LLAMA, text, 14, LLAMA_WEIGHTS, labels=LLAMA_LABELS)
+other(
     "Gemma 3n", "Gemma3nForCausalLM",
     LLAMA | {
         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 4,
@@ -743,9 +750,9 @@ unlisted(
     labels=LLAMA_LABELS | {"model.layers.0.laurel.linear_left": "0 mlp linear_left"},
     idle=r".*\.altup\.correction_coefs",
 )  # fmt: skip
-unlisted("ELECTRA", "ElectraForSequenceClassification", BERT | {"embedding_size": 16}, classes, 12,
+other("ELECTRA", "ElectraForSequenceClassification", BERT | {"embedding_size": 16}, classes, 12,
          "electra." + BERT_LAYER, labels=bert_labels("electra"))  # fmt: skip
-unlisted(
+other(
     "ConvBERT", "ConvBertForSequenceClassification", BERT | {"embedding_size": 16, "head_ratio": 2}, classes, 16,
     r"convbert.encoder.layer.\d.(attention.self.(query|key|value|conv_kernel_layer|conv_out_layer)"
     r"|(attention.output|intermediate|output).dense).weight",
@@ -754,7 +761,7 @@ unlisted(
         "convbert.encoder.layer.1.intermediate.dense": "1 mlp up",
     },
 )  # fmt: skip
-unlisted(
+other(
     "DistilBERT", "DistilBertForMaskedLM",
     {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}, text, 12,
     r"distilbert.transformer.layer.\d.(attention.(q|k|v|out)_lin|ffn.lin[12]).weight",
@@ -763,7 +770,7 @@ unlisted(
         "distilbert.transformer.layer.1.ffn.lin2": "1 mlp down",
     },
 )  # fmt: skip
-unlisted(
+other(
     "Funnel", "FunnelForMaskedLM",
     {
         "vocab_size": VOCABULARY, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "block_sizes": [1, 1],
@@ -779,7 +786,7 @@ unlisted(
     },
     lora=18,
 )  # fmt: skip
-unlisted(
+other(
     "MobileBERT", "MobileBertForMaskedLM",
     BERT | {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16}, text, 30,
     r"mobilebert.encoder.layer.\d.(attention.self.(query|key|value)|attention.output.dense|(ffn.\d.)?intermediate.dense"
@@ -789,7 +796,7 @@ unlisted(
         "mobilebert.encoder.layer.1.ffn.2.intermediate.dense": "1 mlp up",
     },
 )  # fmt: skip
-unlisted(
+other(
     "Longformer", "LongformerForMaskedLM", BERT | {"attention_window": 4}, text, 18,
     r"longformer.encoder.layer.\d.(attention.self.(query|key|value)(_global)?"
     r"|(attention.output|intermediate|output).dense).weight",
@@ -797,12 +804,12 @@ unlisted(
     | {"longformer.encoder.layer.0.attention.self.query_global": "0 attention query_global"},
     idle=r".*_global",
 )  # fmt: skip
-unlisted(
+other(
     "ProphetNet", "ProphetNetForConditionalGeneration",
     {
         "vocab_size": VOCABULARY, "hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2,
-        "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
-        "max_position_embeddings": 64, **SPECIAL,
+        "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48, "max_position_embeddings": 64, **SPECIAL,
     },
     sequences, 34,
     r"prophetnet.(en|de)coder.layers.\d.((self|cross)_attn.((query|key|value|out)_proj|relative_pos_embeddings)"
@@ -814,7 +821,7 @@ unlisted(
     },
 )  # fmt: skip
 for _name, _class, _root in (("Wav2Vec2", "Wav2Vec2ForCTC", "wav2vec2"), ("HuBERT", "HubertForCTC", "hubert")):
-    unlisted(
+    other(
         _name, _class, WAV, waveform, 12,
         _root + r".encoder.layers.\d.(attention.(q|k|v|out)_proj|feed_forward.(intermediate|output)_dense).weight",
         labels={
@@ -822,7 +829,7 @@ for _name, _class, _root in (("Wav2Vec2", "Wav2Vec2ForCTC", "wav2vec2"), ("HuBER
             f"{_root}.encoder.layers.1.feed_forward.output_dense": "1 mlp down",
         },
     )  # fmt: skip
-unlisted(
+other(
     "Wav2Vec2-BERT", "Wav2Vec2BertForCTC",
     {
         "vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -836,7 +843,7 @@ unlisted(
         "wav2vec2_bert.encoder.layers.1.ffn2.intermediate_dense": "1 mlp up",
     },
 )  # fmt: skip
-unlisted(
+other(
     "SpeechT5", "SpeechT5ForSpeechToText",
     {k: v for k, v in WAV.items() if k not in ("num_hidden_layers", "num_attention_heads", "intermediate_size")} | {
         "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
@@ -859,7 +866,7 @@ QFORMER_LABELS = {
     "qformer.encoder.layer.1.output_query.dense": "1 mlp down qformer",
     "language_model.model.decoder.layers.1.fc1": "1 mlp up language",
 }
-unlisted(
+other(
     "BLIP-2", "Blip2ForConditionalGeneration",
     {
         "vision_config": VIT, "qformer_config": BERT | {"encoder_hidden_size": 32},
@@ -873,7 +880,7 @@ unlisted(
     r"|language_model.model.decoder.layers.\d.(self_attn.(q|k|v|out)_proj|fc[12]).weight",
     labels=QFORMER_LABELS,
 )  # fmt: skip
-unlisted(
+other(
     "PaliGemma", "PaliGemmaForConditionalGeneration",
     {
         "vision_config": VIT | {"model_type": "siglip_vision_model", "vision_use_head": False},
@@ -884,7 +891,7 @@ unlisted(
     labels=tower_labels("model.vision_tower.encoder.layers", "vision")
     | llama_labels("model.language_model.layers", "language"),
 )  # fmt: skip
-unlisted(
+other(
     "Mllama", "MllamaForConditionalGeneration",
     {
         "vision_config": {
@@ -910,7 +917,7 @@ unlisted(
     },
     idle=r".*\.cross_attn\..*|model\.vision_model\..*|model\.language_model\.layers\.1\.mlp\..*",  # gates begin at 0
 )  # fmt: skip
-unlisted(
+other(
     "Qwen2-Audio", "Qwen2AudioForConditionalGeneration",
     {
         "audio_config": {
@@ -928,10 +935,10 @@ unlisted(
     labels=tower_labels("model.audio_tower.layers", "audio", up="fc1", down="fc2")
     | llama_labels("model.language_model.layers", "language"),
 )  # fmt: skip
-unlisted(
+other(
     "Qwen3-VL", "Qwen3VLForConditionalGeneration",
     {
-        "text_config": LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+        "text_config": LLAMA | {"rope_parameters": MROPE},
         "vision_config": {
             "hidden_size": 32, "intermediate_size": 48, "depth": 3, "num_heads": 4, "out_hidden_size": 32,
             "patch_size": 4, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16,
@@ -946,7 +953,7 @@ unlisted(
         **llama_labels("model.language_model.layers", "language"),
     },
 )  # fmt: skip
-unlisted(
+other(
     "DETR", "DetrForObjectDetection",
     {
         "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,7 @@ def load(kind: str, dropout: float = 0.0) -> nn.Module:
     model.model.layers = model.model.layers[:LAYERS]
     model.config.num_hidden_layers = LAYERS
     if kind == "lora":
-        config = LoraConfig(
-            r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(model, config)
     return model
 
@@ -157,7 +156,7 @@ def pick_tau(
         late_hits = sum(hit > 0 for hit in hits)
         return late_hits == 0, len(set(hits)) < 2, abs(len(hits) / len(needed) - 0.4) - 0.2 * late_hits / len(needed)
 
-    candidates = [(low + high) / 2 for low, high in zip(every, every[1:], strict=False) if high - low > 1e-3 * high]
+    candidates = [(low + high) / 2 for low, high in pairwise(every) if high - low > 1e-3 * high]
     for tau in sorted(candidates, key=rank)[:25]:
         outcome = run(tau)
         near = min(abs(v / tau - 1) for series in outcome.values.values() for v in series.values() if math.isfinite(v))

@@ -77,9 +77,7 @@ def test_experts_in_a_list_with_an_unnamed_router() -> None:
             super().__init__()
             self.attn = nn.MultiheadAttention(16, 2)
             self.norm = nn.LayerNorm(16)
-            self.moe = nn.ModuleDict(
-                {"choose": nn.Linear(16, 3), "parts": nn.ModuleList([Expert() for _ in range(3)])}
-            )
+            self.moe = nn.ModuleDict({"choose": nn.Linear(16, 3), "parts": nn.ModuleList([Expert() for _ in range(3)])})
 
     model = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block()])})
     components = {component.name: component for component in find_components(model)}

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator
 
@@ -46,12 +45,14 @@ def hub(monkeypatch, tiny_model_dir):
 def short_runs(monkeypatch):
     """`TrainingArguments` as the reader writes them, but for a few steps, on the CPU, without a progress bar."""
 
-    class ShortArguments(TrainingArguments):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            forced = {"max_steps": MAX_STEPS, "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
-            super().__init__(*args, **{**kwargs, **forced})
+    def shortened(self: TrainingArguments, original=TrainingArguments.__post_init__) -> None:
+        self.max_steps = MAX_STEPS
+        self.use_cpu = True
+        self.disable_tqdm = True
+        self.dataloader_pin_memory = False
+        original(self)
 
-    monkeypatch.setattr(transformers, "TrainingArguments", ShortArguments)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", shortened)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -76,7 +76,9 @@ def uninterrupted(kind: str, monitor: str, folder: Path) -> tuple[dict[str, floa
     for i, (name, series) in enumerate(run(1e-12)["history"]["values"].items()):
         # With patience 2 a matrix freezes where the larger of two values in a row falls below its threshold.
         pairs = [max(pair) for pair in pairwise(series[GRACE:])]
-        minima = [value for value, before in zip(pairs, accumulate([math.inf, *pairs], min), strict=False) if value < before]
+        minima = [
+            value for value, before in zip(pairs, accumulate([math.inf, *pairs], min), strict=False) if value < before
+        ]
         taus[name] = 1e-12 if i % 5 == 4 else 1.01 * minima[-1 - i % 5 % len(minima)]
     return taus, run(taus)
 

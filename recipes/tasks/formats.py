@@ -141,7 +141,4 @@ arc_easy = Task(
     answer=arc_challenge.answer,
 )
 
-TASKS = {
-    task.name: task
-    for task in (boolq, piqa, siqa, hellaswag, winogrande, openbookqa, arc_challenge, arc_easy)
-}
+TASKS = {task.name: task for task in (boolq, piqa, siqa, hellaswag, winogrande, openbookqa, arc_challenge, arc_easy)}

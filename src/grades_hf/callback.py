@@ -254,6 +254,11 @@ class GradESCallback(TrainerCallback, ExportableState):
                 "GradES cannot work under DeepSpeed: ZeRO's flat optimizer partitions go on moving frozen weights. "
                 "Train without DeepSpeed."
             )
+        if args.torch_compile and args.world_size > 1:
+            raise ValueError(
+                "GradES does not support torch_compile=True in several processes yet; drop torch_compile, or train in one "
+                "process."
+            )
         if not self.config.skip_validation:
             return
         needs = None

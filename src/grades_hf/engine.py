@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .components import Component, find_components
 from .config import GradESConfig, is_count
 from .criterion import Threshold, assign_thresholds, grace_steps
+from .distributed import Ranks
 from .freezer import Freezer, unwrap_optimizer
 from .history import History
 from .monitors import Monitor, make_monitor
@@ -53,6 +54,7 @@ class GradES:
 
     Raises:
         ValueError: an option that does not fit the model, or nothing to track; before anything is changed.
+        RuntimeError: a way of training in several processes that is not supported (see `distributed.py`).
     """
 
     def __init__(
@@ -65,13 +67,6 @@ class GradES:
     ) -> None:
         if not is_count(total_steps):
             raise ValueError(f"total_steps={total_steps!r} must be the planned number of optimizer steps, 1 or more.")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = torch.distributed.get_world_size()
-            if ranks > 1:
-                raise RuntimeError(
-                    f"GradES does not support training in {ranks} processes yet: freezing would leave the ranks "
-                    "unsynchronized. Train in one process."
-                )
         GradES.release(model)
         self.config = config
         self.total_steps = int(total_steps)
@@ -91,6 +86,7 @@ class GradES:
             self.components, config.to_dict(), total_steps=self.total_steps, t_grace=self.t_grace
         )
         self._resumed = False
+        self.ranks = Ranks(model)
         _active[model] = self
         logger.info(self.describe())
 
@@ -123,7 +119,7 @@ class GradES:
         self._warn_after_resume()
         live = [component for component in self.components if component.frozen_at is None]
         if self.t % self.config.check_every == 0:
-            values = self._measure(live)
+            values = self.ranks.agree(self._measure(live), self.components[0].parameters[0].device)
             self.history.record(self.t, values)
             if self.t > self.t_grace:
                 self._freeze(live, values)
@@ -141,6 +137,9 @@ class GradES:
     def close(self) -> None:
         """End the run: `requires_grad` is as it was before (unless `keep_frozen`), everything kept is freed."""
         self.freezer.release(keep_frozen=self.config.keep_frozen)
+        if self.frozen and not self.config.keep_frozen:
+            self.ranks.changed()
+        self.ranks.close()
         for monitor in self.monitors.values():
             monitor.forget(list(monitor.previous))
 
@@ -226,6 +225,8 @@ class GradES:
             component = by_name[event["name"]]
             component.frozen_at = int(event["step"])
             self.freezer.freeze(component)
+        if events:
+            self.ranks.changed()
         if "history" in state:
             self.adopt_history(History.from_dict(state["history"]))
         for name, previous in state.get("previous", {}).items():
@@ -292,6 +293,7 @@ class GradES:
             self.freezer.freeze(component)
             self.monitors[component.monitor].forget(component.measured)
             self.criterion.below.pop(component.name, None)
+        self.ranks.changed()
         kinds = Counter(f"{c.tower} {c.projection}" if c.tower else c.projection for c in converged)
         logger.info(
             "GradES step %d: froze %d (%s); %d of %d components are frozen.",

@@ -6,9 +6,9 @@ model's own name where it does not. Nothing here decides whether a matrix is tra
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def tower_labels(paths: Sequence[str]) -> list[str | None]:
     Beside a vision or audio tower, what has no name of its own (or is an encoder or decoder) is language.
     """
     parents = [path.split(".")[:-1] for path in paths]
-    common = len(os.path.commonprefix(parents))
+    common = len(list(takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))))
     labels: list[str | None] = []
     for parent in parents:
         own = [segment for segment in parent[common:] if segment not in _GENERIC and not segment.isdigit()]

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -109,9 +110,7 @@ def _block_lists(root: nn.Module) -> list[BlockList]:
     with_attention = [part for part in found if any(map(_has_attention, part.blocks))]
     parents = {part.path.rpartition(".")[0] for part in with_attention}
     return [
-        part
-        for part in found
-        if part in with_attention or part.parallel or part.path.rpartition(".")[0] not in parents
+        part for part in found if part in with_attention or part.parallel or part.path.rpartition(".")[0] not in parents
     ]
 
 
@@ -213,8 +212,8 @@ class _Walk:
             for index, block in enumerate(part.blocks)
         }
         self.parallel = {id(block) for part in block_lists if part.parallel for block in part.blocks}
-        output = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
-        self.head = id(output) if output is not None else None
+        output = getattr(root, "get_output_embeddings", lambda: None)()
+        self.head = None if output is None else id(output)
         self.lists: dict[str, int] = {}  # path of a list of alike modules inside a block -> its length
         self.seen: set[int] = set()
 
@@ -235,22 +234,22 @@ class _Walk:
                     site.saved = True
                     yield site
         elif isinstance(module, BaseTunerLayer):
-            inner: nn.Module = module
-            while isinstance(inner, BaseTunerLayer):  # nested where several parameters of one module are adapted
-                yield self._adapter(inner, name, path, block)
-                inner = inner.base_layer
-            yield from self.visit(inner, name, path[:-1], block)
+            layer: Any = module
+            while isinstance(layer, BaseTunerLayer):  # nested where several parameters of one module are adapted
+                yield self._adapter(layer, name, path, block)
+                layer = cast(Any, layer).base_layer
+            yield from self.visit(layer, name, path[:-1], block)
         elif is_linear(module):
             yield self._linear(module, name, path, block)
         else:
-            if block is not None and isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1:
-                if len(set(map(type, module.children()))) == 1:
-                    self.lists[name] = len(module)
+            members = list(map(type, module.children())) if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else []
+            if block is not None and len(members) > 1 and len(set(members)) == 1:
+                self.lists[name] = len(members)
             yield from self._own(module, name, path, block)
             for child_name, child in module.named_children():
                 yield from self.visit(child, _join(name, child_name), path, block)
 
-    def _adapter(self, module: BaseTunerLayer, name: str, path: Path, block: Block | None) -> Site:
+    def _adapter(self, module: Any, name: str, path: Path, block: Block | None) -> Site:
         """All that one PEFT layer adds to its base layer."""
         base = module.get_base_layer()
         inside = {id(tensor) for tensor in module.base_layer.parameters()}
@@ -399,7 +398,6 @@ def _mark_experts_and_routers(members: list[Site], lists: dict[str, int]) -> Non
 def _names(site: Site, words: re.Pattern[str]) -> bool:
     """Whether an attribute or class on the way from the block to the site is called by one of the words."""
     return any(words.search(part) for segment in site.path for part in segment)
-
 
 
 def _join(path: str, name: str) -> str:

@@ -20,7 +20,13 @@ from .rows import siqa_dir, siqa_rows, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 RUN = {"task": "siqa", "grades": True, "tau": 1e-9, "alpha": 0.5, "lora_r": 2, "train_samples": 32, "seed": 3}
-RUN |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 2, "save_strategy": "no"}
+RUN |= {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 2,
+    "num_train_epochs": 1,
+    "save_strategy": "no",
+}
 
 
 @pytest.fixture
@@ -84,10 +90,12 @@ def test_a_lora_run_from_end_to_end(config: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_interrupted_full_run_ends_like_a_whole_one(config: Path, tmp_path: Path) -> None:
     options = ["--config", str(config), "--method", "full", "--monitor", "gradient_norm", "--learning_rate", "1e-4"]
-    options += ["--tau", "30", "--save_strategy", "steps", "--save_steps", "3", "--evaluate_after", "false"]
+    options += ["--tau", '{"attention": 1000, "mlp": 1e-9}', "--alpha", "0.25", "--patience", "2"]
+    options += ["--save_strategy", "steps", "--save_steps", "3", "--evaluate_after", "false"]
     finetune.main([*options, "--output_dir", str(tmp_path / "whole")])
     whole = History.load(tmp_path / "whole")
-    assert 0 < len(whole.events) < len(whole.components)
+    assert {event["step"] for event in whole.events} == {4}  # twice below tau: before and after the checkpoint
+    assert len(whole.events) == 20
 
     # the same run, as it was when its first checkpoint was written
     first = json.loads((tmp_path / "whole" / "results.json").read_text(encoding="utf-8"))["evaluation"]["before"]
@@ -97,15 +105,13 @@ def test_an_interrupted_full_run_ends_like_a_whole_one(config: Path, tmp_path: P
     (tmp_path / "parts" / "results.json").write_text(json.dumps(marked), encoding="utf-8")
     finetune.main([*options, *resume, "--output_dir", str(tmp_path / "parts")])
     assert History.load(tmp_path / "parts").events == whole.events
-    weights = [
-        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts")
-    ]
+    weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts")]
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
     results = [
         json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8")) for name in ("whole", "parts")
     ]
     assert results[1]["evaluation"]["before"]["acc"] == 0.123
-    assert results[1]["compute"] == pytest.approx(results[0]["compute"])
+    assert results[1]["compute"] == pytest.approx(results[0]["compute"], rel=0.05)  # sampled at other steps
 
 
 @pytest.mark.slow
@@ -182,8 +188,8 @@ def test_thresholds_that_do_not_fit_the_model_are_refused_before_the_first_evalu
         (["--tau", '{"attention": 1.0}'], "tau"),
         (["--tau", '{"attention": 1.0, "mlp": 1.0, "vision": 1.0}'], "vision"),
         (["--freeze_target_modules", "nothing_proj"], "nothing_proj"),
+        (["--max_length", "2"], "max_length=2 tokens are too few"),
     ):
-        plan = finetune.prepare(["--config", str(config), *options])
-        with pytest.raises(ValueError, match=message):
-            finetune.run(plan)
+        with pytest.raises(SystemExit, match=rf"^finetune\.py: error: .*{message}"):
+            finetune.main(["--config", str(config), *options])
     assert not (tmp_path / "run").exists()

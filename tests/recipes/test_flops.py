@@ -65,7 +65,7 @@ class Freeze(TrainerCallback):
             weight.grad = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_training_stop = state.global_step == self.end
+        control.should_training_stop |= state.global_step == self.end
         return control
 
 
@@ -151,7 +151,11 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     trained(tmp_path / "parts", FlopCounterCallback(), Freeze(at=9, end=4), **options)
     resumed = FlopCounterCallback()
     trained(
-        tmp_path / "parts", resumed, Freeze(at=5), resume_from_checkpoint=str(tmp_path / "parts/checkpoint-4"), **options
+        tmp_path / "parts",
+        resumed,
+        Freeze(at=5),
+        resume_from_checkpoint=str(tmp_path / "parts/checkpoint-4"),
+        **options,
     )
     assert resumed.summary() == pytest.approx(whole.summary())
 

@@ -42,7 +42,12 @@ DOCS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "hellaswag": (
-        {"query": "Baking: Start early. Then the baker", "choices": ["lights the oven.", " sings."], "gold": 1, "ind": 4},
+        {
+            "query": "Baking: Start early. Then the baker",
+            "choices": ["lights the oven.", " sings."],
+            "gold": 1,
+            "ind": 4,
+        },
         {
             "ind": 4,
             "activity_label": "Baking",

@@ -43,6 +43,4 @@ def history(
                     values[name] = array("d", [math.nan, *(4 / t + source.random() for t in range(2, ends + 1))])
                     if last:
                         events.append({"step": last, "name": name, "value": values[name][-1], "tau": 1.0})
-    return History(
-        {"reduction": "sum"}, planned, planned // 2, components, list(range(1, steps + 1)), values, events
-    )
+    return History({"reduction": "sum"}, planned, planned // 2, components, list(range(1, steps + 1)), values, events)

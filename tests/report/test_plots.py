@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_it_draws(shape: str, tmp_path: Path) -> None:
     renderer = canvas.get_renderer()
     for axes in figure.axes:
         labels = [label.get_window_extent(renderer) for label in axes.get_xticklabels() if label.get_text()]
-        assert not any(left.overlaps(right) for left, right in zip(labels, labels[1:], strict=False))
+        assert not any(left.overlaps(right) for left, right in pairwise(labels))
 
 
 def test_a_run_that_was_not_begun_draws_too() -> None:

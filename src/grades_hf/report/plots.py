@@ -42,9 +42,7 @@ def plot_run(history: History, path: str | os.PathLike[str] | None = None) -> Fi
     figure_type = _figure_type()
     columns, rows = _grid(history)
     height = min(max(4.6, 1.8 + 0.13 * len(rows)), 12.0)
-    figure = figure_type(
-        figsize=(7.2 + min(max(5.0, 1.6 + 0.36 * len(columns)), 12.0), height), layout="constrained"
-    )
+    figure = figure_type(figsize=(7.2 + min(max(5.0, 1.6 + 0.36 * len(columns)), 12.0), height), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(7.2, figure.get_figwidth() - 7.2))
     plot_statistic(history, left)
     plot_freezing_map(history, right)
@@ -54,7 +52,7 @@ def plot_run(history: History, path: str | os.PathLike[str] | None = None) -> Fi
 
 
 def plot_statistic(history: History, ax: Axes | None = None) -> Axes:
-    """The statistic over the optimizer steps: by group, the median (line) and quartiles (band) of what is not frozen yet.
+    """The statistic over the optimizer steps: by group, median (line) and quartiles (band) of what is not frozen yet.
 
     Thresholds are dashed lines in their group's colour (grey where all have the same), the grace period is shaded.
 
@@ -142,9 +140,7 @@ def plot_freezing_map(history: History, ax: Axes | None = None) -> Axes:
         corner = (column - 0.5, row - 0.5)
         if known:
             ax.add_patch(
-                Rectangle(
-                    corner, 1, 1, facecolor=colors((sum(known) / len(known) - low) / (high - low)), **edge
-                )
+                Rectangle(corner, 1, 1, facecolor=colors((sum(known) / len(known) - low) / (high - low)), **edge)
             )
             if len(known) < len(steps):
                 ax.plot(column, row, marker="o", markersize=3, color="white", markeredgecolor="black")
@@ -153,9 +149,7 @@ def plot_freezing_map(history: History, ax: Axes | None = None) -> Axes:
     ax.set_xlim(-0.5, len(columns) - 0.5)
     ax.set_ylim(-0.5, len(rows) - 0.5)
     many = len(columns) > 9 or max(len(label) for label in columns) > 6
-    ax.set_xticks(
-        range(len(columns)), columns, rotation=90 if many else 0, fontsize=8 if len(columns) > 16 else 9
-    )
+    ax.set_xticks(range(len(columns)), columns, rotation=90 if many else 0, fontsize=8 if len(columns) > 16 else 9)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=min(12, max(len(rows), 1)), integer=True, min_n_ticks=1))
     if None in rows:  # the last row holds what lies outside the blocks
         shown = [i for i in range(len(rows) - 1) if i % max(1, len(rows) // 10) == 0]
@@ -166,9 +160,7 @@ def plot_freezing_map(history: History, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("layer")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set_title(
-        f"When each matrix froze ({len(frozen)} of {len(history.components)})", fontsize=11, loc="left"
-    )
+    ax.set_title(f"When each matrix froze ({len(frozen)} of {len(history.components)})", fontsize=11, loc="left")
     bar = ax.figure.colorbar(scale, ax=ax, pad=0.02)
     bar.set_label("optimizer step")
     bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
@@ -217,13 +209,8 @@ def _grid(history: History) -> tuple[list[str], list[int | None]]:
     """Columns (matrix kinds, by tower, in PROJECTION_ORDER) and rows (layers, then None for what is in no layer)."""
     towers = list(dict.fromkeys(component.get("tower") for component in history.components))
     kinds = list(dict.fromkeys(component["projection"] for component in history.components))
-    order = [kind for kind in PROJECTION_ORDER if kind in kinds] + [
-        k for k in kinds if k not in PROJECTION_ORDER
-    ]
-    keys = {
-        (component.get("tower"), component["projection"]): _column(component)
-        for component in history.components
-    }
+    order = [kind for kind in PROJECTION_ORDER if kind in kinds] + [k for k in kinds if k not in PROJECTION_ORDER]
+    keys = {(component.get("tower"), component["projection"]): _column(component) for component in history.components}
     columns = [keys[tower, kind] for tower in towers for kind in order if (tower, kind) in keys]
     layers = {component["layer"] for component in history.components}
     rows: list[int | None] = sorted(layer for layer in layers if layer is not None)

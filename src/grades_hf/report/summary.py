@@ -39,9 +39,7 @@ def summarize(
     for label, members in groups.items():
         steps = sorted(frozen[member["name"]] for member in members if member["name"] in frozen)
         first, last = (steps[0], steps[-1]) if steps else (None, None)
-        rows.append(
-            {"group": label, "components": len(members), "frozen": len(steps), "first": first, "last": last}
-        )
+        rows.append({"group": label, "components": len(members), "frozen": len(steps), "first": first, "last": last})
     taus = [component["tau"] for component in history.components]
     summary: dict[str, Any] = {
         "steps_run": steps_run if steps_run is not None else max(history.steps, default=0),
@@ -96,9 +94,7 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def to_markdown(
-    summary: Mapping[str, Any], title: str = "GradES run", notes: Mapping[str, str] | None = None
-) -> str:
+def to_markdown(summary: Mapping[str, Any], title: str = "GradES run", notes: Mapping[str, str] | None = None) -> str:
     """The summary as a markdown page.
 
     Args:
