@@ -85,12 +85,11 @@ RENAMED = {"target_modules": "freeze_target_modules", "exclude_modules": "freeze
 
 
 def _grades_help() -> dict[str, str]:
-    """The text of each argument in GradESConfig's docstring."""
+    """The text of each argument in GradESConfig's docstring: whole sentences of its first paragraph."""
     parts = re.split(r"\n {4}(\w+): ", inspect.getdoc(GradESConfig) or "")
-    return {
-        name: " ".join(text.split("\n\n")[0].split()).replace("%", "%%")
-        for name, text in zip(parts[1::2], parts[2::2], strict=True)
-    }
+    texts = (" ".join(text.split("\n\n")[0].split()) for text in parts[2::2])
+    sentences = (text[: text.rfind(". ") + 1] if not text.endswith(".") else text for text in texts)
+    return {name: text.replace("%", "%%") for name, text in zip(parts[1::2], sentences, strict=True)}
 
 
 def _grades_fields() -> list[tuple[str, Any, Any]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -272,9 +273,20 @@ def configure_logging() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
+def use_all_cores() -> None:
+    """Undo `accelerate launch`'s default of one CPU thread where one process trains alone on a machine's CPU."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if launched and alone and not torch.accelerator.is_available() and torch.get_num_threads() == 1 < cores:
+        torch.set_num_threads(cores)
+        logger.info("Training on %d CPU threads (`accelerate launch` alone gives one).", cores)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """The command: bad input ends it with one line and exit status 2."""
+    """The command: bad input ends it with one line and exit status 1."""
     configure_logging()
+    use_all_cores()
     try:
         plan = prepare(sys.argv[1:] if argv is None else argv)
         trainer, flops = build(plan)

@@ -10,8 +10,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
+import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,16 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(autouse=True)
-def reproducible() -> None:
-    """Every test starts from the same seeds, with one torch thread."""
+def reproducible() -> Iterator[None]:
+    """Every test starts from the same seeds, with one torch thread, and leaves no logger louder than it was."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+    levels = {name: logging.getLogger(name).level for name in ("grades_hf", "recipes")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="session")

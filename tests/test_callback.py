@@ -347,6 +347,23 @@ def test_an_output_directory_that_cannot_be_written_stops_before_the_first_step(
     assert trainer.state.global_step == 0
 
 
+def test_a_full_disk_during_training_costs_the_record_but_not_the_run(tmp_path, caplog, monkeypatch):
+    class Fill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            def no_space(descriptor):
+                raise OSError(28, "No space left on device")
+
+            if state.global_step == 5:
+                monkeypatch.setattr("grades_hf.history.os.fsync", no_space)
+
+    callback = GradESCallback(tau=1e9, alpha=0.5, target_modules=["q_proj"])
+    trainer = small.trainer(llama(), tmp_path, [callback, Fill()])
+    trainer.train()
+    assert trainer.state.global_step == 7
+    assert any("could not be written, training goes on" in r.getMessage() for r in caplog.records)
+    assert History.load(tmp_path).steps[-1] <= 5  # the old file, whole
+
+
 def test_disable_adapter_in_every_step_does_not_unfreeze(tmp_path):
     """As in TRL's DPO: the reference pass switches requires_grad on again, before the policy's forward pass."""
 

@@ -122,7 +122,8 @@ class GradESCallback(TrainerCallback, ExportableState):
         if torch_optimizer is not None:
             self._optimizer_hook = torch_optimizer.register_state_dict_post_hook(self._add_previous_tensors)
         self._history_path = path if state.is_world_process_zero else None
-        self._write_history(always=True)
+        if self._history_path is not None:
+            engine.history.save(self._history_path)  # a directory that cannot be written is known before the first step
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -331,13 +332,19 @@ class GradESCallback(TrainerCallback, ExportableState):
                 del optimizer.state[parameter]
 
     def _write_history(self, *, always: bool) -> None:
-        """Write grades_history.json; unless `always`, so seldom that it takes at most 1 % of the time."""
+        """Write grades_history.json; unless `always`, so seldom that it takes at most 1 % of the time.
+
+        A disk that is full by then costs the record, not the run: nothing that a resume needs is in that file.
+        """
         if self._history_path is None or self.engine is None:
             return
         now = time.monotonic()
         if not always and now - self._last_write < 100 * self._write_seconds:
             return
-        self.engine.history.save(self._history_path)
+        try:
+            self.engine.history.save(self._history_path)
+        except OSError as error:
+            logger.warning("GradES: %s could not be written, training goes on: %s", self._history_path, error)
         self._last_write = time.monotonic()
         self._write_seconds = self._last_write - now
 
