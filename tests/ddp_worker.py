@@ -1,6 +1,6 @@
 """One rank of a DDP run under torchrun: trains every case that it is given and writes what happened.
 
-    torchrun --nproc_per_node 2 -m tests.ddp_worker cases.json output_dir
+torchrun --nproc_per_node 2 -m tests.ddp_worker cases.json output_dir
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class Watch(TrainerCallback):
 
 
 def main(cases: Path, output: Path) -> None:
-    for case in map(lambda fields: Case(**fields), json.loads(cases.read_text())):
+    for fields in json.loads(cases.read_text()):
+        case = Case(**fields)
         watch = Watch()
         grades = GradESCallback(case.grades)
         trainer = case.trainer(output / case.name, 2, [grades, watch])

@@ -1,4 +1,4 @@
-"""DDP with two real processes (gloo): the same freezing and the same weights as one process on the same global batch."""
+"""DDP with two real processes (gloo): the same freezing and weights as one process on the same global batch."""
 
 from __future__ import annotations
 

@@ -257,8 +257,8 @@ class GradESCallback(TrainerCallback, ExportableState):
             )
         if args.torch_compile and args.world_size > 1:
             raise ValueError(
-                "GradES does not support torch_compile=True in several processes yet; drop torch_compile, or train in one "
-                "process."
+                "GradES does not support torch_compile=True in several processes yet; drop torch_compile, or train in "
+                "one process."
             )
         if not self.config.skip_validation:
             return

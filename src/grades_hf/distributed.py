@@ -95,7 +95,7 @@ def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
     wrapper._remove_autograd_hooks()
     group, hooks = wrapper.process_group, list(wrapper._comm_hooks)
     # Unpickling builds a reducer, after it has taken over all attributes: the process group is one of them here.
-    wrapper.__setstate__({**wrapper.__getstate__(), "process_group": group})  # type: ignore[no-untyped-call]
+    wrapper.__setstate__({**wrapper.__getstate__(), "process_group": group})
     wrapper._static_graph_delay_allreduce_enqueued = False  # a static graph is learned anew in the first iteration
     wrapper._comm_hooks.clear()
     for hook, state in hooks:
