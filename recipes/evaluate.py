@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any, cast
 
 if not __package__:  # run as a script: in recipes/, this file would hide the library of the same name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: CPU threads that wait do not keep a core busy
 
 import lm_eval
 import torch
@@ -26,6 +28,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from peft import PeftConfig, PeftModel
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
+from recipes.console import configure_logging
 from recipes.data import evaluation_rows, find_task, load_split
 from recipes.models import load_model, load_tokenizer, locate_model
 from recipes.tasks.formats import Row
@@ -123,8 +126,7 @@ def load(
 
 def main(argv: list[str] | None = None) -> None:
     """The command: prints the scores as JSON."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("recipes").setLevel(logging.INFO)
+    configure_logging()
     parser: Any = HfArgumentParser(cast("Any", EvaluateArguments), allow_abbrev=False)
     (arguments,) = parser.parse_args_into_dataclasses(argv)
     try:

@@ -17,12 +17,12 @@ import os
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a script: in recipes/, evaluate.py would hide the library of the same name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: CPU threads that wait do not keep a core busy
 
 import datasets
 import torch
@@ -44,6 +44,7 @@ from recipes.arguments import (
     grades_config,
     parse,
 )
+from recipes.console import configure_logging, use_all_cores
 from recipes.data import Rows, evaluation_rows, find_task, load_split, training_rows
 from recipes.evaluate import evaluate
 from recipes.examples import encode
@@ -261,26 +262,6 @@ def _earlier_scores(output: Path, scores: dict[str, Any]) -> dict[str, float] | 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def configure_logging() -> None:
-    """INFO lines of the recipe and of GradES; of the libraries only what a user can act on."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for name in ("recipes", "grades_hf"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    datasets.disable_progress_bars()  # what is left of them (formatting a few hundred rows) takes no second
-    # transformers warns of a name that peft still uses.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-
-
-def use_all_cores() -> None:
-    """Undo `accelerate launch`'s default of one CPU thread where one process trains alone on a machine's CPU."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if launched and alone and not torch.accelerator.is_available() and torch.get_num_threads() == 1 < cores:
-        torch.set_num_threads(cores)
-        logger.info("Training on %d CPU threads (`accelerate launch` alone gives one).", cores)
 
 
 def main(argv: list[str] | None = None) -> None:

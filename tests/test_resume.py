@@ -108,8 +108,7 @@ def test_killed_once(kind, restore, kill, processes, whole_runs, tmp_path):
     tau, expected = whole_runs(kind, "gradient_change")
     steps = expected["frozen"].values()
     assert 0 < len(steps) < 14
-    assert len(set(steps)) >= 3
-    assert min(steps) < 9 <= max(steps), "else no kill comes between two freezings"
+    assert min(steps) < 9 <= max(steps), "else no kill and resume comes between two freezings"
     job = Job(str(tmp_path), kind, "gradient_change", tau, restore=restore, kill=kill)
     run_in_child(processes, job)
     resume = last_complete_checkpoint(tmp_path)
