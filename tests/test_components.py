@@ -255,6 +255,14 @@ def test_the_most_specific_key_wins_whatever_the_order() -> None:
         assert {name: found[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("key", ["attention", "q", "q_proj", r".*q_proj", "model.layers.0.self_attn.q_proj"])
+def test_a_dot_and_star_stand_for_all_that_no_other_key_matches(key: str) -> None:
+    for mapping in ({".*": 1.0, key: 2.0}, {key: 2.0, ".*": 1.0}):
+        found = taus("Llama", mapping)
+        assert found["model.layers.0.self_attn.q_proj"] == 2.0
+        assert found["model.layers.0.mlp.up_proj"] == 1.0
+
+
 def test_mlp_stands_for_experts_that_nothing_else_names() -> None:
     assert set(taus("Mixtral", {"attention": 1.0, "mlp": 2.0}).values()) == {1.0, 2.0}
     found = taus("Mixtral", {"attention": 1.0, "mlp": 2.0, "experts": 3.0})

@@ -32,11 +32,12 @@ class GradESConfig:
             * a label: a tower (`"vision"`, `"language"`, ...), a group (`"attention"`, `"mlp"`, `"experts"`, ...), a
               projection (`"q"`, `"up"`, `"down"`, ...), or several of them joined by dots (`"vision.attention"`);
               `"mlp"` also stands for experts that no more specific key names;
-            * a component's full name, the end of it (`"q_proj"`), or a regular expression that matches all of it.
+            * a component's full name, the end of it (`"q_proj"`), or a regular expression that matches all of it;
+            * `".*"`, which stands for all that no other key matches.
 
             The most specific key wins: full name, then name ending or expression (the first one in the mapping that
             matches), then labels, where a projection outweighs a group and a tower together, and a group outweighs a
-            tower. Every key must match a component and every component must get a threshold.
+            tower, then `".*"`. Every key must match a component and every component must get a threshold.
         alpha: Grace ratio in [0, 1), default 0.5 (the paper uses 0.55). Nothing freezes at the first
             `ceil(alpha * T)` optimizer steps, computed in decimal arithmetic: 0.55 of 100 steps are 55.
         monitor: The statistic. `"auto"` (default) takes the paper's choice for each component: gradient_change for

@@ -67,10 +67,11 @@ def assign_thresholds(components: Sequence[Component], tau: float | Mapping[str,
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
             f"tau={dict(tau)!r} leaves {len(missing)} of {len(components)} components without a threshold ({some}). "
-            "Add a key that matches them ('.*' matches all), or leave them out with exclude_modules."
+            "Add a key that matches them ('.*' stands for all others), or leave them out with exclude_modules."
         )
 
 
+EVERYTHING = ".*"
 # A projection says more than group and tower together, a group more than a tower; a name or pattern more than labels.
 _TOWER, _EXPERTS_AS_MLP, _GROUP, _PROJECTION, _PATTERN, _NAME = 2, 3, 4, 8, 1 << 20, 1 << 30
 
@@ -89,6 +90,8 @@ def _specificity(key: str, component: Component, labels: set[str], order: int) -
     """How specific `key` is for `component`; None where it does not match."""
     if key == component.name:
         return _NAME
+    if key == EVERYTHING:
+        return 0
     parts = key.split(".")
     if all(part in labels for part in parts):
         own = _labels(component)
