@@ -406,8 +406,10 @@ for _name, _class in (("Idefics3", "Idefics3ForConditionalGeneration"), ("SmolVL
     small(
         _name, _class,
         {
-            "text_config": LLAMA | {"model_type": "llama"}, "vision_config": VIT | {"image_size": 32},
-            "image_token_id": 98, "scale_factor": 2, "pad_token_id": 0,
+            "text_config": LLAMA | {"model_type": "llama"},
+            # transformers 5.20 wants as many image tokens as a patch is wide
+            "vision_config": VIT | {"image_size": 32, "patch_size": 4},
+            "image_token_id": 98, "scale_factor": 4, "pad_token_id": 0,
         },
         with_image(4, pixel_values=lambda: torch.randn(2, 1, 3, 32, 32)), 26,
         r"model.(vision_model.encoder." + CLIP_LAYER + "|text_model." + LLAMA_LAYER + ")",

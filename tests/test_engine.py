@@ -163,6 +163,24 @@ def test_alpha_0_freezes_nothing_for_want_of_a_previous_gradient():
     assert set(engine.frozen.values()) == {1}
 
 
+def test_a_step_without_an_update_is_no_convergence():
+    """The first learning rate of a warm-up is 0."""
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    config = GradESConfig(tau=1e30, alpha=0, monitor="weight_change")
+    engine = GradES(model, config, total_steps=4, optimizer=optimizer)
+    for batch in batches(4):
+        model(**batch).loss.backward()
+        engine.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = 1e-3
+        if engine.done:
+            break
+    assert set(engine.frozen.values()) == {3}
+    assert all(math.isnan(values[1]) for values in engine.history.values.values())
+
+
 def test_patience_counts_checks_in_a_row():
     criterion = Threshold(patience=3)
     values = [0.5, 0.5, 2.0, 0.5, 0.5, math.nan, 0.5, 0.5, 0.5]

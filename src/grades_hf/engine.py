@@ -280,6 +280,9 @@ class GradES:
             elements[name] = elements.get(name, 0) + numel
         if self.config.reduction == "mean":
             totals = {name: total / elements[name] for name, total in totals.items()}
+        for component in live:
+            if totals.get(component.name) == 0 and not self.monitors[component.monitor].zero_is_a_value:
+                without.add(component.name)
         return {c.name: math.nan if c.name in without else totals.get(c.name, math.nan) for c in live}
 
     def _freeze(self, live: Sequence[Component], values: Mapping[str, float]) -> None:

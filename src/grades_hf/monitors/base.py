@@ -18,11 +18,13 @@ class Monitor(ABC):
     Attributes:
         name: The statistic's name in `GradESConfig.monitor`.
         compares_steps: Whether it needs `previous`, so that its first check yields no value.
+        zero_is_a_value: Whether exactly 0 says something about the matrix, or only that nothing was measured.
         previous: What was remembered, by parameter; always empty for a monitor that looks at one step only.
     """
 
     name: ClassVar[str]
     compares_steps: ClassVar[bool] = True
+    zero_is_a_value: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.previous: dict[Tensor, Tensor] = {}

@@ -16,9 +16,13 @@ class WeightChange(Monitor):
     Read just before the update of step `t`, so it is the size of the last completed update. It is always one update,
     also with `check_every` > 1: the copy to compare with is taken one step before the check. Memory: one copy of every
     watched weight (with `check_every` > 1 only for the one step between).
+
+    A change of exactly 0 means that there was no update (the first step of a warm-up, a step that a gradient scaler
+    skipped) and is no value: it says nothing about convergence.
     """
 
     name = "weight_change"
+    zero_is_a_value = False
 
     def takes_part(self, parameter: Tensor) -> bool:
         return True
