@@ -41,6 +41,7 @@ def test_bad_tau_is_refused(tau):
         ("target_modules", [1]),
         ("target_modules", 7),
         ("exclude_modules", [""]),
+        ("exclude_modules", "(q_proj"),
         ("skip_validation", "yes"),
         ("keep_frozen", 1),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -123,6 +124,11 @@ class GradESConfig:
                     f"{name}={names!r} must be a list of module names or name endings, or a regular expression as one "
                     "string; leave it out for the default."
                 )
+            if isinstance(names, str):
+                try:
+                    re.compile(names)
+                except re.error as error:
+                    raise ValueError(f"{name}={names!r} is no valid regular expression: {error}.") from error
         for name in ("skip_validation", "keep_frozen"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
