@@ -385,6 +385,36 @@ def test_disable_adapter_in_every_step_does_not_unfreeze(tmp_path):
         assert all(torch.equal(spy.weights[step][n], plain_spy.weights[step][n]) for n in spy.weights[step])
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, of the reference pass
+@pytest.mark.parametrize("first", ["policy", "reference"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_disable_adapter_between_forward_and_backward_with_checkpointing(first, use_reentrant, tmp_path):
+    """A checkpointed block is computed again in backward, and must find what required a gradient in forward."""
+
+    class Reference(Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            if first == "policy":
+                loss = super().compute_loss(model, inputs, **kwargs)
+            with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+                model(**inputs)
+            return loss if first == "policy" else super().compute_loss(model, inputs, **kwargs)
+
+    config = GradESConfig(tau={"q": 1e9, ".*": 1e-30}, alpha=0.5)
+    options = {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
+        "gradient_accumulation_steps": 2,
+    }
+    trainers = [
+        small.trainer(lora(), tmp_path / name, [GradESCallback(config)], cls=cls, **more)
+        for name, cls, more in (("with", Reference, options), ("plain", Trainer, {"gradient_accumulation_steps": 2}))
+    ]
+    for trainer in trainers:
+        trainer.train()
+    weights, plain = (dict(trainer.model.named_parameters()) for trainer in trainers)
+    assert all(torch.equal(weights[n], plain[n]) for n in plain)
+
+
 def test_resuming_a_checkpoint_made_without_grades(tmp_path, caplog):
     small.trainer(llama(), tmp_path, [], save_strategy="steps", save_steps=6).train()
     callback = GradESCallback(tau=1e9, alpha=0.75, monitor="gradient_norm")

@@ -87,6 +87,8 @@ class GradES:
         )
         self._resumed = False
         self.ranks = Ranks(model)
+        if any(component.adapter for component in self.components):
+            self.freezer.guard(model)
         _active[model] = self
         logger.info(self.describe())
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .components import Component
@@ -17,13 +19,16 @@ class Freezer:
     A frozen parameter has `requires_grad=False`, no gradient and no optimizer state; its place in the optimizer's
     parameter groups stays, so that checkpoints fit. PEFT's `disable_adapter()` and `set_adapter()` switch
     `requires_grad` on again; `reassert` switches it off at every step, and a gradient that was computed in between is
-    dropped the moment it is accumulated, before it can enter the norm that clipping divides by.
+    dropped the moment it is accumulated, before it can enter the norm that clipping divides by. `guard` does it for
+    every forward pass and again before its backward pass: activation checkpointing computes a part of the forward pass
+    a second time there, and fails if other tensors require a gradient then.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
         self.optimizer = optimizer
         self._before: dict[Tensor, bool] = {}  # requires_grad before we froze it
         self._hooks: dict[Tensor, RemovableHandle] = {}
+        self._guards: list[RemovableHandle] = []
 
     def freeze(self, component: Component) -> None:
         """Freeze all tensors of one component, before the optimizer's update of this step."""
@@ -46,10 +51,33 @@ class Freezer:
             if parameter.grad is not None:
                 parameter.grad = None
 
+    def guard(self, model: nn.Module) -> None:
+        """Reassert before every forward pass of `model` and before the backward pass of its outputs."""
+
+        @torch.compiler.disable
+        def before_forward(module: nn.Module, inputs: Any) -> None:
+            self.reassert()
+
+        @torch.compiler.disable
+        def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not self._before or not torch.is_grad_enabled():
+                return
+            for leaf in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    leaf.register_hook(self._before_backward)
+
+        self._guards = [model.register_forward_pre_hook(before_forward), model.register_forward_hook(after_forward)]
+
+    def _before_backward(self, gradient: Tensor) -> None:
+        for parameter in self._before:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+
     def release(self, *, keep_frozen: bool = False) -> None:
         """Give every parameter back as it was; with `keep_frozen` only the hooks go."""
-        for handle in self._hooks.values():
+        for handle in (*self._hooks.values(), *self._guards):
             handle.remove()
+        self._guards.clear()
         if not keep_frozen:
             for parameter, before in self._before.items():
                 parameter.requires_grad_(before)
