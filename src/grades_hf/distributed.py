@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-_PRIVATE = ("_get_active_ddp_module", "_remove_autograd_hooks", "_comm_hooks", "__getstate__", "__setstate__")
+_PRIVATE = ("_get_active_ddp_module", "_remove_autograd_hooks", "__getstate__", "__setstate__")
 
 
 class Ranks:
@@ -43,7 +43,7 @@ class Ranks:
                 "GradES does not support models that are sharded over processes (FSDP, tensor parallel) yet. Train "
                 "with DDP (`accelerate launch --multi_gpu`), or in one process."
             )
-        missing = [name for name in _PRIVATE[:2] + _PRIVATE[3:] if not hasattr(DistributedDataParallel, name)]
+        missing = [name for name in _PRIVATE if not hasattr(DistributedDataParallel, name)]
         if missing:
             raise RuntimeError(
                 f"GradES cannot work under DDP with torch {torch.__version__}, which lacks "
