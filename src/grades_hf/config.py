@@ -58,6 +58,16 @@ class GradESConfig:
         max_frozen_fraction: Training ends when this part of the components, in (0, 1], is frozen. Default 1.0.
         skip_validation: Default True: no evaluation pass during training. False: evaluation goes on as usual.
         keep_frozen: Default False: after training `requires_grad` is as it was before. True: what was frozen stays.
+        sample_size: Number of elements, 1 or more, that the statistic is estimated from in each tensor: a fixed random
+            sample of it. Default None: all of them, exactly.
+        freeze_prefix: Default False. True: as soon as all components of the lowest blocks are frozen, whatever else
+            is trained there and below (norms, biases, embeddings) freezes too, so that the backward pass ends at the
+            lowest live block. The paper keeps training those; its matrices freeze by the same rule.
+        merge_frozen_adapters: Default False. True: the update of a frozen LoRA pair is folded into its base weight
+            while training goes on, so that it costs nothing; it is taken out for every save and at the end.
+        max_recompilations: How many times, 1 or more, freezing may recompile a model under `torch.compile`; default 4.
+            Matrices stop being updated at their step all the same; the saving comes in that many batches.
+        count_flops: Default True: the FLOPs of some steps are counted, which `GradES.savings()` needs.
 
     Raises:
         ValueError: an option has a value that it cannot have.
@@ -80,6 +90,11 @@ class GradESConfig:
     max_frozen_fraction: float = 1.0
     skip_validation: bool = True
     keep_frozen: bool = False
+    sample_size: int | None = None
+    freeze_prefix: bool = False
+    merge_frozen_adapters: bool = False
+    max_recompilations: int = 4
+    count_flops: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.tau, Mapping):
@@ -102,8 +117,15 @@ class GradESConfig:
         for name, allowed in (("monitor", MONITORS), ("reduction", REDUCTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}.")
-        for name, unit in (("patience", "checks"), ("check_every", "optimizer steps")):
+        for name, unit in (
+            ("patience", "checks"),
+            ("check_every", "optimizer steps"),
+            ("sample_size", "elements"),
+            ("max_recompilations", "recompilations"),
+        ):
             number = getattr(self, name)
+            if name == "sample_size" and number is None:
+                continue
             if not is_count(number):
                 raise ValueError(f"{name}={number!r} must be a whole number of {unit}, 1 or more.")
             setattr(self, name, int(number))
@@ -129,7 +151,7 @@ class GradESConfig:
                     re.compile(names)
                 except re.error as error:
                     raise ValueError(f"{name}={names!r} is no valid regular expression: {error}.") from error
-        for name in ("skip_validation", "keep_frozen"):
+        for name in ("skip_validation", "keep_frozen", "freeze_prefix", "merge_frozen_adapters", "count_flops"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
 
