@@ -1,6 +1,8 @@
 # Each target does its own set-up in .venv; stamp files make a second call instant.
 #   make quickstart   fine-tune SmolLM2-135M-Instruct with LoRA and GradES (about ten minutes on two CPU cores)
 #   make test         the whole test suite
+#   make test-oldest  the same on the oldest versions that setup.cfg admits, in .venv-oldest
+#   make compatibility  the same, and docs/compatibility.md of what passed
 #   make lint         ruff and mypy
 #   make clean        remove .venv and everything that was built
 
@@ -9,28 +11,29 @@ VENV ?= .venv
 NUM_PROCESSES ?= 1
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
+CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PACKAGING := setup.cfg pyproject.toml constraints.txt
+PACKAGING := setup.cfg pyproject.toml $(CONSTRAINTS)
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-oldest compatibility lint clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch comes first: with its exact version installed, no later requirement can bring in another build.
-$(VENV)/torch.stamp: constraints.txt | $(BIN)/python
-	$(PIP) install -c constraints.txt torch setuptools
+$(VENV)/torch.stamp: $(CONSTRAINTS) | $(BIN)/python
+	$(PIP) install -c $(CONSTRAINTS) torch setuptools
 	touch $@
 
 $(VENV)/recipes.stamp: $(PACKAGING) $(VENV)/torch.stamp
-	$(PIP) install -c constraints.txt -e '.[recipes]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[recipes]'
 	touch $@
 
 $(VENV)/dev.stamp: $(PACKAGING) $(VENV)/torch.stamp
-	$(PIP) install -c constraints.txt -e '.[recipes,dev]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[recipes,dev]'
 	touch $@ $(VENV)/recipes.stamp
 
 quickstart: $(VENV)/recipes.stamp
@@ -41,11 +44,25 @@ test: $(VENV)/dev.stamp
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
+# The lower bound of everything that setup.cfg names; of what those need, the versions in constraints.txt.
+.venv-oldest.txt: setup.cfg constraints.txt
+	awk 'function key(name) { name = tolower(name); gsub(/_/, "-", name); return name } \
+	  FNR < NR { split($$0, pin, "=="); if (!(key(pin[1]) in oldest)) print; next } \
+	  match($$0, /^ +[A-Za-z0-9_-]+>=[0-9.]+/) { split(substr($$0, 1, RLENGTH), pin, ">="); sub(/^ +/, "", pin[1]); \
+	    oldest[key(pin[1])]; print pin[1] "==" pin[2] }' $^ > $@
+
+test-oldest: .venv-oldest.txt
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.venv-oldest.txt
+
+compatibility: override PYTEST_ARGS += --compatibility .cache/compatibility.json
+compatibility: test
+	$(BIN)/python -m benchmarks.compatibility .cache/compatibility.json
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-oldest* build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

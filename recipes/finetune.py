@@ -48,7 +48,7 @@ from recipes.console import configure_logging, use_all_cores
 from recipes.data import Rows, evaluation_rows, find_task, load_split, training_rows
 from recipes.evaluate import evaluate
 from recipes.examples import encode
-from recipes.flops import FlopCounterCallback
+from recipes.flops import FlopCounterCallback, compute
 from recipes.models import load_model, load_tokenizer, locate_model
 from recipes.tasks.formats import Task
 
@@ -77,8 +77,12 @@ class Plan:
     output: Path
 
 
-def prepare(argv: list[str]) -> Plan:
+def prepare(argv: list[str], checkpoint_file: str = "trainer_state.json") -> Plan:
     """Parse the arguments, read the rows, find the model.
+
+    Args:
+        argv: The command line.
+        checkpoint_file: What a directory must hold to be a checkpoint.
 
     Raises:
         ValueError: anything that cannot work; names the argument, its value and the remedy.
@@ -93,9 +97,9 @@ def prepare(argv: list[str]) -> Plan:
     resume = training.resume_from_checkpoint
     if resume is not None and resume.lower() in ("true", "false"):
         training.resume_from_checkpoint = resume = True if resume.lower() == "true" else None
-    if isinstance(resume, str) and not Path(resume, "trainer_state.json").is_file():
+    if isinstance(resume, str) and not Path(resume, checkpoint_file).is_file():
         raise ValueError(
-            f"resume_from_checkpoint={resume!r} holds no trainer_state.json; pass a checkpoint-N directory."
+            f"resume_from_checkpoint={resume!r} holds no {checkpoint_file}; pass a checkpoint-N directory."
         )
     evaluates = training.eval_strategy != IntervalStrategy.NO
     if evaluates and data.holdout_samples < 1:
@@ -129,7 +133,7 @@ def prepare(argv: list[str]) -> Plan:
     )  # fmt: skip
 
 
-def build(plan: Plan) -> tuple[Trainer, FlopCounterCallback]:
+def build(plan: Plan) -> Trainer:
     """Load the model and set up its trainer.
 
     Raises:
@@ -149,7 +153,6 @@ def build(plan: Plan) -> tuple[Trainer, FlopCounterCallback]:
 
     if not torch.accelerator.is_available():
         plan.training.dataloader_pin_memory = False
-    flops = FlopCounterCallback()
     options: dict[str, Any] = {
         "model": model,
         "args": plan.training,
@@ -157,12 +160,13 @@ def build(plan: Plan) -> tuple[Trainer, FlopCounterCallback]:
         "eval_dataset": datasets.Dataset.from_list(holdout) if holdout else None,
         "data_collator": DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
         "processing_class": tokenizer,
-        "callbacks": [flops],
     }
-    return Trainer(**options) if plan.grades is None else GradESTrainer(**options, grades=plan.grades), flops
+    if plan.grades is None:
+        return Trainer(**options, callbacks=[FlopCounterCallback()])
+    return GradESTrainer(**options, grades=plan.grades)
 
 
-def run(plan: Plan, trainer: Trainer, flops: FlopCounterCallback) -> dict[str, Any]:
+def run(plan: Plan, trainer: Trainer) -> dict[str, Any]:
     """Evaluate, train, evaluate, report; returns what `results.json` holds."""
     model: Any = trainer.model
     tokenizer: Any = trainer.processing_class
@@ -196,21 +200,25 @@ def run(plan: Plan, trainer: Trainer, flops: FlopCounterCallback) -> dict[str, A
     if main_process:
         if plan.evaluation.evaluate_after:
             measure("after")
-        results = _report(plan, trainer, flops, scores, seconds)
+        results = _report(plan, trainer, scores, seconds)
     return results
 
 
 def _report(
     plan: Plan,
     trainer: Trainer,
-    flops: FlopCounterCallback,
     scores: dict[str, Any],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Write results.json, summary.md and grades.png, and print the table."""
     output = plan.output
-    extras = {"evaluation": scores, "seconds": seconds, "compute": flops.summary()}
     steps = {"steps_run": trainer.state.global_step, "steps_planned": trainer.state.max_steps}
+    if isinstance(trainer, GradESTrainer):
+        engine = trainer.grades_callback.engine
+        meter = engine.meter if engine is not None else None
+    else:
+        meter = next(c.meter for c in trainer.callback_handler.callbacks if isinstance(c, FlopCounterCallback))
+    extras = {"evaluation": scores, "seconds": seconds, "compute": compute(meter, steps["steps_planned"])}
     files = ["summary.md", "results.json"]
     if plan.grades is None:
         results = {**steps, **extras}
@@ -234,6 +242,28 @@ def _report(
     weights = "adapter" if plan.model.method == "lora" else "model"
     console.print(f"In {output}: {weights} and tokenizer, {', '.join(files)}", soft_wrap=True)
     return results
+
+
+def newest_checkpoint(output: Path) -> Path:
+    """The newest complete checkpoint in `output`; Trainer itself takes the newest, which a crash may have cut off.
+
+    Raises:
+        ValueError: there is none.
+    """
+    checkpoints = {path: path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*")}
+    numbered = {path: int(number) for path, number in checkpoints.items() if number.isdecimal()}
+    for path in sorted(numbered, key=lambda path: -numbered[path]):
+        try:  # Trainer writes this file last
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+            logger.warning("%s is incomplete (the run ended while it was written) and passed over.", path)
+            continue
+        logger.info("Resuming from %s.", path)
+        return path
+    raise ValueError(
+        f"resume_from_checkpoint=True, and output_dir={str(output)!r} holds no complete checkpoint; leave it out to "
+        "start from the beginning."
+    )
 
 
 def _check_output_dir(output: Path) -> None:
@@ -270,11 +300,14 @@ def main(argv: list[str] | None = None) -> None:
     use_all_cores()
     try:
         plan = prepare(sys.argv[1:] if argv is None else argv)
-        trainer, flops = build(plan)
+        resume: Any = plan.training.resume_from_checkpoint
+        if resume is True:
+            plan.training.resume_from_checkpoint = str(newest_checkpoint(plan.output))
+        trainer = build(plan)
     except ValueError as error:
         sys.exit(f"finetune.py: error: {error}")
     with logging_redirect_tqdm():  # lines go above a progress bar, not into it
-        run(plan, trainer, flops)
+        run(plan, trainer)
 
 
 if __name__ == "__main__":

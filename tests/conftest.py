@@ -22,6 +22,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests import standin
+from tests.compatibility import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401
 
 
 def pytest_report_header() -> str:

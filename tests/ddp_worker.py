@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
-from grades_hf import GradESCallback
-from tests import small
+from grades_hf import GradES, GradESCallback, GradESConfig
+from tests import resumable, small
 
 
 @dataclasses.dataclass
@@ -32,12 +32,17 @@ class Case:
     find_unused: bool = True
     static_graph: bool = False
     resume: bool = False
+    reentrant: bool = False
+    save_steps: int = 5
+    kill: tuple[str, int, int | None] | None = None  # where, at which step, and which rank; None: all
+    checkpoint: str = "checkpoint-5"
 
     def trainer(self, output: Path, batch_size: int, callbacks: list[TrainerCallback]) -> Trainer:
         options: dict[str, Any] = {
             "ddp_find_unused_parameters": self.find_unused,
             "ddp_static_graph": self.static_graph,
             "activation_checkpointing": self.checkpointing,
+            "activation_checkpointing_kwargs": {"use_reentrant": self.reentrant} if self.checkpointing else None,
         }
         return small.trainer(
             small.llama() if self.method == "full" else small.lora(),
@@ -47,7 +52,7 @@ class Case:
             gradient_accumulation_steps=self.accumulation,
             max_steps=8,
             save_strategy="steps",
-            save_steps=5,
+            save_steps=self.save_steps,
             save_total_limit=3,
             learning_rate=3e-3,
             **options,
@@ -85,14 +90,60 @@ class Watch(TrainerCallback):
         self._sent = 0
 
 
+def plain_loop(grades: dict[str, Any], output: Path | None = None, wrapped: bool = True) -> dict[str, Any]:
+    """A loop without Trainer, in which the last step freezes something, and one step more after the engine's end.
+
+    Args:
+        grades: Options of GradES.
+        output: Where a state is saved after step 5, and loaded into a new engine; None: no interruption.
+        wrapped: Whether the engine gets DDP's wrapper or the model in it.
+    """
+    rank, number = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model = small.llama()
+    outer = DistributedDataParallel(model) if number > 1 else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+
+    def new_engine() -> GradES:
+        return GradES(outer if wrapped else model, GradESConfig(**grades), total_steps=8, optimizer=optimizer)
+
+    engine, apart = new_engine(), 0.0
+    for step in range(9):
+        ids = torch.randint(3, 64, (4, 10), generator=torch.Generator().manual_seed(step)).chunk(number)[rank]
+        outer(input_ids=ids, labels=ids).loss.backward()
+        if step < 8:
+            engine.step()
+        if number > 1:
+            own = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            other = own.clone()
+            dist.broadcast(other, src=0)
+            apart = max(apart, (own - other).abs().max().item())
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 4 and output is not None:
+            torch.save(engine.state_dict(), output / f"plain-state-{rank}.pt")
+            engine.close()
+            engine = new_engine()
+            engine.load_state_dict(torch.load(output / f"plain-state-{rank}.pt"))
+        if step == 7:
+            engine.close()
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return {"frozen": engine.frozen, "apart": apart, "weights": weights}
+
+
 def main(cases: Path, output: Path) -> None:
     for fields in json.loads(cases.read_text()):
+        if "loop" in fields:
+            report = plain_loop(fields["loop"], output if fields["interrupt"] else None, fields["wrapped"])
+            torch.save(report, output / f"{fields['name']}-{dist.get_rank()}.pt")
+            continue
         case = Case(**fields)
         watch = Watch()
         grades = GradESCallback(case.grades)
         trainer = case.trainer(output / case.name, 2, [grades, watch])
-        trainer.train(resume_from_checkpoint=str(output / case.name / "checkpoint-5") if case.resume else None)
         rank = dist.get_rank()
+        if case.kill is not None and case.kill[2] in (None, rank):
+            resumable.arm(trainer, *case.kill[:2])
+        trainer.train(resume_from_checkpoint=str(output / case.name / case.checkpoint) if case.resume else None)
         torch.save(
             {
                 "frozen": grades.engine.frozen,

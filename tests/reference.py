@@ -16,7 +16,7 @@ step, sums in float64.
 Where the paper leaves a choice open: at step 1 there is no previous gradient and so no value (the paper starts from 0);
 `patience` asks for several checks below tau in a row, counted after the grace period; a check is made at steps that
 `check_every` divides, of the change over one step all the same; `weight_change` is the size of the last completed
-update, |W_{t-1} - W_{t-2}| with W_s the weight after s updates, and no value where that is exactly 0: there was none.
+update, |W_{t-1} - W_{t-2}| with W_s the weight after s updates; exactly 0 is no value: nothing was learned from.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ def train(
                 value = sum((now.double() - before.double()).abs().sum().item() for now, before in pairs)
                 if reduction == "mean":
                     value /= sum(w.numel() for w in measured)
-                if monitor == "weight_change" and value == 0:
-                    value = None  # there was no update
+                if value == 0:
+                    value = None  # there was no update, or nothing to learn from
             if value is not None:
                 values[name][step] = value
             if step <= t_grace:

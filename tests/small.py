@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,21 @@ def trainer(
         callbacks=callbacks,
         **(extra or {}),
     )
+
+
+def enable_checkpointing(model: Any, reentrant: bool) -> None:
+    """Gradient checkpointing as Trainer switches it on, with the hook that reentrant checkpointing needs."""
+    new = hasattr(model, "activation_checkpointing_enable")  # transformers before 5.23 has the older name
+    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+
+
+def checkpointing_arguments(reentrant: bool) -> dict[str, Any]:
+    """The training arguments that switch gradient checkpointing on, by this version's names."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": reentrant}}
 
 
 class Spy(TrainerCallback):

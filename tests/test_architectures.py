@@ -108,6 +108,7 @@ class Snapshots(TrainerCallback):
         self.taken[step] = {parameter: parameter.detach().clone() for parameter in model.parameters()}
 
 
+@pytest.mark.compatibility("Trainer", "all architectures of coverage.md, full weights and LoRA", "works")
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @every_architecture
 def test_training_with_freezing(architecture: Architecture, kind: str, tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_max_frozen_fraction_ends_training(tmp_path):
     assert callback.engine.frozen_fraction >= 0.5
 
 
+@pytest.mark.compatibility("Trainer", "eval_strategy and eval_on_start, with skip_validation True and False", "works")
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_skip_validation_runs_no_evaluation_and_warns_once(strategy, tmp_path, caplog):
     evaluated = []
@@ -127,6 +128,10 @@ def test_skip_validation_runs_no_evaluation_and_warns_once(strategy, tmp_path, c
     assert not caplog.records
 
 
+@pytest.mark.compatibility(
+    "Trainer", "load_best_model_at_end, save_strategy best, ReduceLROnPlateau, EarlyStoppingCallback", "works"
+)
+@pytest.mark.compatibility("Trainer", "the same with skip_validation=True", "refused")
 @pytest.mark.parametrize(
     ("options", "callbacks", "needs"),
     [
@@ -238,6 +243,7 @@ def test_second_train_starts_clean(make_model, tmp_path):
     assert len(callback.engine.history.steps) == 7
 
 
+@pytest.mark.compatibility("Trainer", "several train() calls, trainers that share a model or a callback", "works")
 def test_a_shared_callback_and_one_model_in_two_trainers(make_model, tmp_path):
     callback = GradESCallback(tau=1e9, alpha=0.5, target_modules=["q_proj"])
     model = make_model()
@@ -251,6 +257,7 @@ def test_a_shared_callback_and_one_model_in_two_trainers(make_model, tmp_path):
     assert set(callback.engine.frozen.values()) == {7}
 
 
+@pytest.mark.compatibility("Trainer", "model_init", "works")
 def test_model_init_and_hyperparameter_like_repeats(make_model, tmp_path):
     callback = GradESCallback(tau=1e9, alpha=0.5, target_modules=["q_proj"])
     trainer = Trainer(
@@ -273,6 +280,7 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.compatibility("Faults", "Ctrl-C, then a new trainer for the same model", "works")
 def test_an_interrupted_run_leaves_a_model_that_a_new_trainer_can_train(make_model, tmp_path):
     model = make_model()
     before = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -295,6 +303,7 @@ def test_an_interrupted_run_leaves_a_model_that_a_new_trainer_can_train(make_mod
     assert all(not torch.equal(weights[n], final[n]) for n in weights)
 
 
+@pytest.mark.compatibility("Trainer", "two GradESCallbacks", "refused")
 def test_two_callbacks_are_refused(tmp_path):
     with pytest.raises(ValueError, match="2 GradESCallbacks"):
         small.trainer(llama(), tmp_path, [GradESCallback(tau=1.0), GradESCallback(tau=2.0)])
@@ -338,6 +347,7 @@ def test_a_model_with_nothing_trainable_is_refused(tmp_path):
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.compatibility("Faults", "output_dir is a file", "refused")
 def test_an_output_directory_that_cannot_be_written_stops_before_the_first_step(tmp_path):
     trainer = small.trainer(llama(), tmp_path / "run", [GradESCallback(tau=1.0)])
     (tmp_path / "run").rmdir()
@@ -347,6 +357,7 @@ def test_an_output_directory_that_cannot_be_written_stops_before_the_first_step(
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.compatibility("Faults", "disk full while the history is written", "works")
 def test_a_full_disk_during_training_costs_the_record_but_not_the_run(tmp_path, caplog, monkeypatch):
     class Fill(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -364,6 +375,7 @@ def test_a_full_disk_during_training_costs_the_record_but_not_the_run(tmp_path, 
     assert History.load(tmp_path).steps[-1] <= 5  # the old file, whole
 
 
+@pytest.mark.compatibility("Adapters", "disable_adapter in every step", "works")
 def test_disable_adapter_in_every_step_does_not_unfreeze(tmp_path):
     """As in TRL's DPO: the reference pass switches requires_grad on again, before the policy's forward pass."""
 
@@ -385,6 +397,9 @@ def test_disable_adapter_in_every_step_does_not_unfreeze(tmp_path):
         assert all(torch.equal(spy.weights[step][n], plain_spy.weights[step][n]) for n in spy.weights[step])
 
 
+@pytest.mark.compatibility(
+    "Adapters", "disable_adapter between forward and backward, with gradient checkpointing", "works"
+)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, of the reference pass
 @pytest.mark.parametrize("first", ["policy", "reference"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -400,11 +415,7 @@ def test_disable_adapter_between_forward_and_backward_with_checkpointing(first, 
             return loss if first == "policy" else super().compute_loss(model, inputs, **kwargs)
 
     config = GradESConfig(tau={"q": 1e9, ".*": 1e-30}, alpha=0.5)
-    options = {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
-        "gradient_accumulation_steps": 2,
-    }
+    options = {**small.checkpointing_arguments(use_reentrant), "gradient_accumulation_steps": 2}
     trainers = [
         small.trainer(lora(), tmp_path / name, [GradESCallback(config)], cls=cls, **more)
         for name, cls, more in (("with", Reference, options), ("plain", Trainer, {"gradient_accumulation_steps": 2}))
@@ -415,6 +426,7 @@ def test_disable_adapter_between_forward_and_backward_with_checkpointing(first, 
     assert all(torch.equal(weights[n], plain[n]) for n in plain)
 
 
+@pytest.mark.compatibility("Trainer", "resuming a checkpoint that was made without GradES", "works")
 def test_resuming_a_checkpoint_made_without_grades(tmp_path, caplog):
     small.trainer(llama(), tmp_path, [], save_strategy="steps", save_steps=6).train()
     callback = GradESCallback(tau=1e9, alpha=0.75, monitor="gradient_norm")
@@ -440,6 +452,7 @@ def test_resuming_the_end_of_a_finished_run_changes_nothing(make_model, tmp_path
     assert "train_loss" not in result.metrics
 
 
+@pytest.mark.compatibility("Faults", "a checkpoint of another model or of other target_modules", "refused")
 def test_a_checkpoint_with_components_that_the_model_lacks_is_refused(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3}
     small.trainer(llama(), tmp_path, [GradESCallback(tau=1e9, target_modules=["q_proj"])], **options).train()
@@ -451,6 +464,7 @@ def test_a_checkpoint_with_components_that_the_model_lacks_is_refused(tmp_path):
     assert (tmp_path / "grades_history.json").read_bytes() == kept
 
 
+@pytest.mark.compatibility("Trainer", "restore_callback_states_from_checkpoint", "works")
 def test_resume_with_restored_callbacks_keeps_the_users_handle(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 5, "restore_callback_states_from_checkpoint": True}
     config = GradESConfig(tau={"q": 1e9, "k": 1e-30}, alpha=0.5, target_modules=["q_proj", "k_proj"])
@@ -463,6 +477,7 @@ def test_resume_with_restored_callbacks_keeps_the_users_handle(tmp_path):
     assert callback.engine.t == 12
 
 
+@pytest.mark.compatibility("Faults", "grades_history.json damaged at a resume", "works")
 def test_a_damaged_history_costs_the_record_but_not_the_run(tmp_path, caplog):
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12}
     config = GradESConfig(tau={"q": 1e9, "k": 1e-30}, alpha=0.25, target_modules=["q_proj", "k_proj"])
@@ -479,6 +494,7 @@ def test_a_damaged_history_costs_the_record_but_not_the_run(tmp_path, caplog):
     assert History.load(tmp_path).steps == [9, 10, 11, 12]
 
 
+@pytest.mark.compatibility("Trainer", "hyperparameter_search", "works")
 def test_hyperparameter_search_starts_every_trial_clean(tmp_path):
     frozen = []
 

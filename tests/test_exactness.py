@@ -79,6 +79,7 @@ def assert_same(trainer: Trainer, engine: GradES, outcome: reference.Outcome) ->
     assert not [c.name for c in engine.components if c.frozen_at and held & set(c.parameters)], "optimizer state"
 
 
+@pytest.mark.compatibility("Trainer", "full weights and LoRA, gradient accumulation, clipping", "works")
 @pytest.mark.parametrize("max_grad_norm", [CLIP, NO_CLIP], ids=["clip", "noclip"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.55])
@@ -150,6 +151,7 @@ def test_check_every_freezes_at_checks_only(kind, monitor, tmp_path):
     assert_same(*train(setting, tmp_path, tau=tau, **options), outcome)
 
 
+@pytest.mark.compatibility("Trainer", "max_frozen_fraction ends training", "works")
 def test_max_frozen_fraction_ends_training(tmp_path):
     setting = Setting()
     setting, tau, full = choose(setting, alpha=0.0, monitor="gradient_norm")
@@ -217,6 +219,7 @@ class Mend(TrainerCallback):
             self.spoil.sound = None
 
 
+@pytest.mark.compatibility("Faults", "single NaN or infinite gradients", "works")
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("monitor", ["gradient_change", "gradient_norm"])
 def test_a_value_that_is_not_finite_is_never_below_tau(monitor, number, tmp_path):
@@ -242,6 +245,7 @@ def test_a_value_that_is_not_finite_starts_patience_anew(tmp_path):
     assert set(frozen.values()) == {3}
 
 
+@pytest.mark.compatibility("Custom loops", "plain PyTorch, zero_grad with set_to_none True and False", "works")
 @pytest.mark.parametrize("monitor", MONITORS)
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_a_hand_written_loop_equals_algorithm_1(monitor, set_to_none):

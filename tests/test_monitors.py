@@ -2,41 +2,70 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
+import json
 import logging
+import math
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from grades_hf.monitors import GradientChange, GradientNorm, WeightChange
-from grades_hf.monitors.norms import l1_distance, l1_norm
+from grades_hf import GradES, GradESCallback, GradESConfig
+from grades_hf.monitors import GradientChange, GradientNorm, Sampler, WeightChange
+from grades_hf.monitors.norms import _grouped, l1_distances, l1_norms
+from grades_hf.monitors.sampling import latin_hypercube
+from tests import small
+
+SHAPES = [(), (5,), (3, 7), (300, 1000), (4, 64, 70), (2, 100_000)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(), (5,), (3, 7), (300, 1000), (4, 64, 70), (2, 100_000)])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_l1_norms_match_float64(shape, dtype):
     a, b = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
-    assert l1_norm(a).item() == pytest.approx(a.double().abs().sum().item(), rel=tolerance)
     copies = a.clone(), b.clone()
-    assert l1_distance(a, b).item() == pytest.approx((a.double() - b.double()).abs().sum().item(), rel=tolerance)
+    for measured, expected in ((l1_norms([a])[0], a.double()), (l1_distances([a], [b])[0], a.double() - b.double())):
+        assert measured.item() == pytest.approx(expected.abs().sum().item(), rel=tolerance)
+        assert measured.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(a, copies[0])
     assert torch.equal(b, copies[1])
 
 
+@pytest.mark.parametrize("chunk", [100, 20_000, 1 << 23])
+def test_what_runs_on_an_accelerator_gives_the_same(chunk):
+    """Here on the CPU, whose `_foreach_norm` is less exact than an accelerator's."""
+    kinds = itertools.product((torch.float32, torch.bfloat16, torch.float64), [*SHAPES, (0, 3)])
+    a = [torch.randn(shape).to(dtype) for dtype, shape in kinds]
+    b = [torch.randn_like(tensor) for tensor in a]
+    for measured, expected in ((_grouped(a, None, chunk), l1_norms(a)), (_grouped(a, b, chunk), l1_distances(a, b))):
+        assert [norm.dtype for norm in measured] == [norm.dtype for norm in expected]
+        assert [norm.item() for norm in measured] == pytest.approx([norm.item() for norm in expected], rel=2e-4)
+
+
 def test_l1_distance_of_transposed_tensors():
     a, b = torch.randn(70, 900).t(), torch.randn(70, 900).t()
-    assert l1_distance(a, b).item() == pytest.approx((a - b).abs().sum().item(), rel=1e-6)
+    assert l1_distances([a], [b])[0].item() == pytest.approx((a - b).abs().sum().item(), rel=1e-6)
 
 
-def test_l1_distance_makes_no_temporary_of_the_size_of_a_matrix():
-    a, b = torch.randn(4000, 1000), torch.randn(4000, 1000)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_l1_distance_makes_no_temporary_of_the_size_of_a_matrix(dtype):
+    a, b = torch.randn(4000, 1000).to(dtype), torch.randn(4000, 1000).to(dtype)
     with torch.profiler.profile(profile_memory=True) as profile:
-        l1_distance(a, b)
+        l1_distances([a], [b])
+        l1_norms([a])
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 0 < largest <= a.numel() * 4 / 10
+
+
+def value(monitor, parameter):
+    """What it measures, None where there is nothing to compare with."""
+    found = monitor.measure([parameter])
+    return found[parameter].item() if found else None
 
 
 def loop(monitor, parameter, gradients, *, set_to_none=True):
@@ -44,8 +73,7 @@ def loop(monitor, parameter, gradients, *, set_to_none=True):
     values = []
     for gradient in gradients:
         (parameter * gradient).sum().backward()
-        value = monitor.measure(parameter)
-        values.append(None if value is None else value.item())
+        values.append(value(monitor, parameter))
         monitor.remember([parameter])
         parameter.data.sub_(0.1 * parameter.grad)
         if set_to_none:
@@ -100,15 +128,19 @@ def test_a_view_of_a_bucket_is_copied():
 def test_a_kept_gradient_that_is_overwritten_gives_no_value_and_one_warning(caplog):
     monitor = GradientChange()
     parameters = [nn.Parameter(torch.randn(4, 6)) for _ in range(2)]
-    for parameter in parameters:
-        loop(monitor, parameter, [torch.randn(4, 6) for _ in range(3)])
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn(4, 6)
+        monitor.remember(parameters)
+        for parameter in parameters:
+            parameter.grad = None
     seen = []
     for _ in range(4):  # a loop that suddenly zeroes in place
         values = []
         for parameter in parameters:
             (parameter * torch.randn(4, 6)).sum().backward()
-            values.append(monitor.measure(parameter))
-        seen.append([value is not None for value in values])
+            values.append(value(monitor, parameter))
+        seen.append([measured is not None for measured in values])
         gradients = [parameter.grad.clone() for parameter in parameters]
         monitor.remember(parameters)
         for parameter in parameters:
@@ -129,3 +161,300 @@ def test_forget_frees_the_memory(cls):
     gc.collect()
     assert not monitor.previous
     assert torch.UntypedStorage._expired(storage)
+
+
+@pytest.mark.parametrize("cls", [GradientChange, WeightChange])
+def test_what_the_next_check_does_not_need_is_not_kept(cls):
+    monitor, parameters = cls(), [nn.Parameter(torch.randn(4, 6)) for _ in range(2)]
+    for parameter in parameters:
+        parameter.grad = torch.randn(4, 6)
+    monitor.remember(parameters)
+    assert set(monitor.previous) == set(parameters)
+    monitor.remember(parameters[:1])
+    assert set(monitor.previous) == set(parameters[:1])
+    assert monitor.nbytes == 4 * 6 * 4
+    monitor.remember([])
+    assert monitor.previous == {}
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def sampled(cls, parameters, size):
+    return cls(Sampler(size, {parameter: f"matrix {index}" for index, parameter in enumerate(parameters)}))
+
+
+@pytest.mark.parametrize("cls", [GradientChange, GradientNorm, WeightChange])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_sample_of_all_elements_is_exact(cls, set_to_none):
+    start, gradients = torch.randn(7, 6), [torch.randn(7, 6) for _ in range(4)]
+    exact = loop(cls(), nn.Parameter(start.clone()), gradients, set_to_none=set_to_none)
+    parameter = nn.Parameter(start.clone())
+    values = loop(sampled(cls, [parameter], 42), parameter, gradients, set_to_none=set_to_none)
+    assert values[1:] == pytest.approx(exact[1:], rel=1e-6)
+    assert (values[0] is None) == (exact[0] is None)
+
+
+@pytest.mark.parametrize("cls", [GradientChange, GradientNorm, WeightChange])
+@pytest.mark.parametrize("layout", ["rows", "columns", "three dimensions"])
+def test_a_sample_is_what_its_indices_say(cls, layout):
+    start = {"rows": torch.randn(30, 50), "columns": torch.randn(50, 30).t()}.get(layout, torch.randn(3, 20, 25))
+    parameter, index, values = nn.Parameter(start), None, []
+    monitor = sampled(cls, [parameter], 200)
+    kept, expected = [], []
+    for _ in range(4):
+        parameter.grad = torch.randn(1500).view(50, 30).t() if layout == "columns" else torch.randn(start.shape)
+        index = monitor.sampler._index(parameter).long() if index is None else index
+        source = (parameter.detach() if cls is WeightChange else parameter.grad).clone()
+        flat = (source.t() if layout == "columns" else source).reshape(-1)
+        kept.append(flat[index])
+        base = torch.zeros(200) if cls is GradientNorm else kept[-2] if len(kept) > 1 else None
+        expected.append(None if base is None else (kept[-1] - base).abs().sum().item() * 1500 / 200)
+        values.append(value(monitor, parameter))
+        monitor.remember([parameter])
+        parameter.data.sub_(0.1 * parameter.grad)
+    assert index.unique().numel() > 150
+    assert [v is None for v in values] == [e is None for e in expected]
+    assert [v for v in values if v is not None] == pytest.approx([e for e in expected if e is not None], rel=1e-5)
+    if cls is not GradientNorm:
+        assert monitor.nbytes == 200 * 4 + 200 * 4
+
+
+def test_samples_depend_on_the_name_alone():
+    one, two = (nn.Parameter(torch.randn(100, 100)) for _ in range(2))
+    state = torch.get_rng_state()
+    sampler = Sampler(64, {one: "a", two: "b"})
+    first, second = (sampler.take(p, p.detach()) for p in (one, two))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    again = Sampler(64, {one: "b", two: "a"})
+    assert torch.equal(again._index(two), sampler._index(one))
+    assert not torch.equal(sampler._index(one), sampler._index(two))
+    sampler.forget(one)
+    assert torch.equal(sampler.take(one, one.detach()), first)
+    assert sampler.nbytes == 2 * 64 * 4
+    assert first.shape == second.shape == (64,)
+
+
+def test_the_estimate_is_unbiased_where_a_few_rows_and_columns_are_all():
+    """Each element has the same chance; every n-th element would miss the only column, or see nothing else."""
+    matrix = torch.zeros(96, 64)
+    matrix[::8] = 1.0
+    matrix[:, 3] += 20.0
+    total = matrix.sum().item()
+    estimates = torch.tensor([matrix.view(-1)[latin_hypercube(96, 64, 256, seed)].mean() * 6144 for seed in range(400)])
+    error = estimates.std().item() / 20
+    assert abs(estimates.mean().item() - total) < 4 * error
+    uniform = torch.tensor([matrix.view(-1)[torch.randint(6144, (256,))].mean() * 6144 for _ in range(400)])
+    assert estimates.std() < 0.5 * uniform.std()
+
+
+def test_indices_stay_inside():
+    for rows, columns, size in ((1, 5000, 64), (5000, 1, 64), (3, 7, 20), (2, 2, 1)):
+        for seed in range(20):
+            index = latin_hypercube(rows, columns, size, seed)
+            assert index.shape == (size,)
+            assert index.min() >= 0
+            assert index.max() < rows * columns
+
+
+def test_relative_error_on_real_gradients(tiny_model_dir, text_blocks):
+    """As Sampler says: a few percent at 1024 elements, for gradients and for their change."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    steps = []
+    for rows in text_blocks[:256].view(2, 2, 64):
+        model.zero_grad()
+        model(input_ids=rows, labels=rows).loss.backward()
+        steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.numel() > 2048 and "layers" in n})
+    first, second = steps
+    assert len(first) >= 25
+    for matrices in ([second[name] for name in first], [second[name] - first[name] for name in first]):
+        errors = []
+        for index, matrix in enumerate(matrices):
+            sampler = Sampler(1024, {matrix: f"{index}"})
+            estimate = sampler.take(matrix, matrix).double().abs().sum().item() * sampler.factor(matrix)
+            errors.append(estimate / matrix.double().abs().sum().item() - 1)
+        errors = torch.tensor(errors)
+        assert errors.square().mean().sqrt() < 0.04
+        assert errors.abs().max() < 0.15
+
+
+def train(engine, model, steps, seed=7, start=0):
+    """`steps` steps of a plain loop on fixed batches, from the batch `start` on."""
+    optimizer = engine.freezer.optimizers[0]
+    rows = torch.randint(3, 64, (50, 2, 8), generator=torch.Generator().manual_seed(seed))
+    for batch in rows[start : start + steps]:
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        engine.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        if engine.done:
+            break
+
+
+def begin(kind, config, steps=12):
+    model = small.llama() if kind == "full" else small.lora()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    return model, optimizer, GradES(model, config, total_steps=steps, optimizer=optimizer)
+
+
+def middle(history, part=0.5):
+    return small.between(history.values, part)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("monitor", ["gradient_change", "gradient_norm", "weight_change"])
+def test_sampled_values_in_a_run(monitor, kind):
+    """One run and its exact twin: the same steps have values, near the exact ones; what is kept is small."""
+    histories, kept = [], []
+    for size in (None, 100):
+        model, _, engine = begin(kind, GradESConfig(tau=1e-30, monitor=monitor, sample_size=size))
+        train(engine, model, 5)
+        histories.append(engine.history)
+        kept += [list(engine.previous_tensors().values())]
+        engine.close()
+    exact, estimate = histories
+    for name, series in exact.values.items():
+        for step, (a, b) in enumerate(zip(series, estimate.values[name], strict=True)):
+            assert math.isfinite(a) == math.isfinite(b), (name, step)
+            assert not math.isfinite(a) or b == pytest.approx(a, rel=0.5)
+    assert all(tensor.ndim == 1 and tensor.numel() <= 100 for tensor in kept[1])
+    assert len(kept[1]) == len(kept[0])
+
+
+@pytest.mark.parametrize("options", [{"sample_size": 50}, {"delay_transfer": True}, {"sample_size": 50, "patience": 2}])
+@pytest.mark.parametrize("monitor", ["gradient_change", "gradient_norm", "weight_change"])
+def test_resumed_bit_for_bit(monitor, options):
+    model, _, engine = begin("full", GradESConfig(tau=1e-30, monitor=monitor, **options))
+    train(engine, model, 12)
+    tau = middle(engine.history)
+    config = GradESConfig(tau=tau, alpha=0.3, monitor=monitor, **options)
+
+    model, _, whole = begin("full", config)
+    train(whole, model, 12)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert 0 < len(whole.frozen) < len(whole.components)
+    whole.close()
+
+    model, optimizer, engine = begin("full", config)
+    train(engine, model, 7)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), engine.state_dict()))
+    engine.close()
+    model, optimizer, engine = begin("full", config)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    engine.load_state_dict(saved[2])
+    train(engine, model, 5, start=7)
+    engine.close()
+    assert engine.frozen == whole.frozen
+    assert engine.history.to_dict() == whole.history.to_dict()
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{"sample_size": 50}, {"delay_transfer": True}])
+def test_resumed_by_trainer(options, tmp_path):
+    def run(folder, config, **more):
+        callback = GradESCallback(config)
+        model = small.llama()
+        saves = {"save_strategy": "steps", "save_steps": 7}
+        trainer = small.trainer(model, folder, [callback], **saves)
+        trainer.train(**more)
+        return model.state_dict(), callback.engine
+
+    _, engine = run(tmp_path / "a", GradESConfig(tau=1e-30, alpha=0.3, **options))
+    assert len(engine.history.steps) == 12
+    config = GradESConfig(tau=middle(engine.history), alpha=0.3, **options)
+    expected, whole = run(tmp_path / "b", config)
+    assert 0 < len(whole.frozen) < len(whole.components)
+    weights, engine = run(tmp_path / "b", config, resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-7"))
+    assert engine.frozen == whole.frozen
+    assert engine.history.to_dict() == whole.history.to_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_sample_of_another_size_is_not_taken_over(caplog):
+    model, _, engine = begin("full", GradESConfig(tau=1e-30, sample_size=50))
+    train(engine, model, 3)
+    state = engine.state_dict()
+    engine.close()
+    _, _, engine = begin("full", GradESConfig(tau=1e-30, sample_size=60))
+    engine.load_state_dict(state)
+    assert "sample_size: 50 -> 60" in caplog.text
+    assert engine.previous_tensors() == {}
+    state["config"]["sample_size"] = 60
+    del state["history"]
+    _, _, engine = begin("full", GradESConfig(tau=1e-30, sample_size=60))
+    with pytest.raises(ValueError, match="sample_size=60"):
+        engine.load_state_dict(state)
+
+
+# --- one step later --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check_every", [1, 3])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_delayed_transfer_freezes_one_step_later(kind, check_every):
+    def run(**options):
+        model, _, engine = begin(kind, GradESConfig(check_every=check_every, **options))
+        before = {}
+        for step in range(12):
+            before[step + 1] = {p: p.detach().clone() for c in engine.components for p in c.measured}
+            train(engine, model, 1, start=step)
+        after = {p: p.detach().clone() for c in engine.components for p in c.measured}
+        engine.close()
+        return engine, before, after
+
+    plain, _, _ = run(tau=1e-30)
+    later, _, _ = run(tau=1e-30, delay_transfer=True)
+    assert later.history.to_dict()["values"] == plain.history.to_dict()["values"]
+    assert later.history.steps == plain.history.steps == list(range(check_every, 13, check_every))
+
+    tau = middle(plain.history)
+    engine, before, after = run(tau=tau, alpha=0.4, delay_transfer=True)
+    assert 0 < len(engine.frozen) < len(engine.components)
+    checks = engine.history.steps
+    for component in engine.components:
+        series = dict(zip(checks, engine.history.values[component.name], strict=False))
+        below = [step for step, measured in series.items() if step > engine.t_grace and measured < tau]
+        frozen = engine.frozen.get(component.name)
+        assert (frozen is None) == (not below or below[0] == 12), component  # what step 12 shows is never acted upon
+        if frozen is not None:
+            assert frozen == below[0] + 1
+            for parameter in component.measured:
+                assert not torch.equal(before[frozen - 1][parameter], before[frozen][parameter])
+                assert torch.equal(before[frozen][parameter], after[parameter])
+
+
+def test_a_delayed_transfer_reads_nothing_in_the_step_of_the_check(monkeypatch):
+    model, _, engine = begin("full", GradESConfig(tau=1e-30, delay_transfer=True, check_every=2))
+    reads = []
+    real = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(engine.t) or real(self))
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("a host transfer of a single value"))
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: pytest.fail("a host transfer of a single value"))
+    for step in range(6):
+        train_without_scalars(engine, model, step)
+    assert reads == [3, 5]
+    engine.close()
+    assert reads == [3, 5, 6]
+    assert engine.history.steps == [2, 4, 6]
+
+
+def train_without_scalars(engine, model, step):
+    rows = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(step))
+    model(input_ids=rows, labels=rows).loss.backward()
+    engine.step()
+    model.zero_grad()
+
+
+def test_a_malformed_open_check_is_refused():
+    model, _, engine = begin("full", GradESConfig(tau=1e-30, delay_transfer=True))
+    train(engine, model, 3)
+    state = engine.state_dict()
+    assert json.loads(json.dumps(state["reading"]))["step"] == 3
+    for broken in ({"step": 3}, {"step": 3, "values": {"nothing": 1.0}}):
+        _, _, other = begin("full", GradESConfig(tau=1e-30, delay_transfer=True))
+        with pytest.raises(ValueError, match="state of GradES|does not have"):
+            other.load_state_dict({**state, "reading": broken})
+        assert other.t == 0

@@ -86,6 +86,7 @@ def train(model: nn.Module, tau: dict[str, float], steps: int = 4, base_lr: floa
     return engine
 
 
+@pytest.mark.compatibility("Adapters", "LoRA, rsLoRA, DoRA and 27 other methods of PEFT", "works")
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # SHiRA
 @pytest.mark.parametrize("method", METHODS)
 def test_one_component_for_each_adapted_layer(method: str) -> None:
@@ -128,6 +129,7 @@ def test_the_magnitude_vector_of_dora_freezes_with_its_pair() -> None:
 # --- adapters by name, several of them ---------------------------------------------------------------------------
 
 
+@pytest.mark.compatibility("Adapters", "any adapter name", "works")
 def test_any_adapter_name() -> None:
     assert names(lora(adapter="stage_2")) == names(llama())
 
@@ -144,6 +146,7 @@ def test_only_the_active_adapter_is_tracked() -> None:
     assert [tuple(p.shape) for p in found[0].measured] == [(3, 16), (8, 3)]
 
 
+@pytest.mark.compatibility("Adapters", "several adapters, one or more of them active", "works")
 def test_adapters_that_are_active_together_freeze_together() -> None:
     model = lora()
     model.add_adapter("second", LoraConfig(r=3, target_modules=["v_proj"]))
@@ -154,6 +157,7 @@ def test_adapters_that_are_active_together_freeze_together() -> None:
     assert len(found["model.layers.0.self_attn.q_proj"].measured) == 2
 
 
+@pytest.mark.compatibility("Adapters", "set_adapter and disable_adapter during training", "works")
 def test_switching_adapters_does_not_unfreeze(tmp_path: Path) -> None:
     model = lora()
     callback = GradESCallback(tau={"q_proj": 1e9, ".*": 1e-30}, alpha=0.25)
@@ -172,6 +176,7 @@ def test_switching_adapters_does_not_unfreeze(tmp_path: Path) -> None:
     assert torch.equal(spy.weights[3][frozen], dict(model.named_parameters())[frozen])
 
 
+@pytest.mark.compatibility("Adapters", "model.add_adapter of Transformers", "works")
 def test_adapters_added_by_transformers_itself() -> None:
     model = llama()
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "up_proj"]), adapter_name="own")
@@ -182,6 +187,7 @@ def test_adapters_added_by_transformers_itself() -> None:
 # --- beside the adapters -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.compatibility("Adapters", 'LoRA with bias="all" or "lora_only"', "works")
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_a_bias_that_trains_beside_its_adapter_follows_it(bias: str) -> None:
     config = LlamaConfig(
@@ -194,6 +200,7 @@ def test_a_bias_that_trains_beside_its_adapter_follows_it(bias: str) -> None:
     assert len(component.measured) == 2  # the bias is not measured
 
 
+@pytest.mark.compatibility("Adapters", "modules_to_save", "works")
 def test_modules_to_save_are_tracked_only_if_named() -> None:
     model = adapt(
         TABLE["BERT"].build(), LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier", "dense"])
@@ -211,6 +218,7 @@ def test_trainable_tokens_and_tuned_norms_are_no_components() -> None:
     assert len(names(adapt(llama(), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])))) == 2
 
 
+@pytest.mark.compatibility("Adapters", "LoRA on fused experts (target_parameters)", "works")
 def test_adapters_on_fused_experts() -> None:
     model = adapt(
         TABLE["GPT-OSS"].build(),
@@ -236,12 +244,14 @@ def test_adapters_on_fused_experts() -> None:
 # --- what cannot work --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compatibility("Adapters", "AdaLoRA", "refused")
 def test_adalora_is_refused_with_the_reason() -> None:
     model = adapt(llama(), peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10))
     with pytest.raises(ValueError, match=r"AdaLoRA: its rank allocator needs the gradient of every adapter"):
         find_components(model)
 
 
+@pytest.mark.compatibility("Adapters", "prompt, prefix and adaption-prompt tuning", "refused")
 @pytest.mark.parametrize(
     "config",
     [
@@ -258,6 +268,7 @@ def test_prompt_methods_have_nothing_to_track(config: Callable[[], PeftConfig]) 
 # --- quantized bases ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compatibility("Adapters", "LoRA on a 4-bit (nf4) or 8-bit base", "works")
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.filterwarnings("ignore")  # bitsandbytes on a CPU comments on its kernels
 @pytest.mark.parametrize(
@@ -294,6 +305,7 @@ def test_a_quantized_base_is_never_touched(quantization: dict[str, Any], tmp_pat
         assert torch.equal(parameter.data, before.data)
 
 
+@pytest.mark.compatibility("Adapters", "a quantized model without adapters", "refused")
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.filterwarnings("ignore")
 def test_a_quantized_model_without_adapters_has_nothing_to_track(tmp_path: Path) -> None:

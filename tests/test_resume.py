@@ -101,6 +101,8 @@ def assert_same(folder: Path, expected: dict) -> None:
     assert [e for e in result["logs"] if "loss" in e] == [e for e in expected["logs"] if "loss" in e]
 
 
+@pytest.mark.compatibility("Trainer", "resume_from_checkpoint", "works")
+@pytest.mark.compatibility("Faults", "kill -9 at any moment of a step or a checkpoint, then resume", "works")
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS, ids=lambda kill: f"{kill[1]} {kill[0]}")
 @pytest.mark.parametrize(("kind", "restore"), [("full", False), ("lora", True)], ids=["full", "lora-restore"])
@@ -139,6 +141,7 @@ def strip_previous_gradients(checkpoint: Path) -> None:
     torch.save(optimizer, checkpoint / "optimizer.pt")
 
 
+@pytest.mark.compatibility("Trainer", "save_only_model", "works")
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("monitor", ["gradient_change", "weight_change"])
 @pytest.mark.parametrize("lack", ["save_only_model", "optimizer.pt without them"])
@@ -185,6 +188,7 @@ def test_a_statistic_of_one_step_needs_no_memory(kind, tmp_path, caplog):
     assert set(callback.engine.frozen.values()) == {8}
 
 
+@pytest.mark.compatibility("Trainer", "resuming a finished run", "works")
 @pytest.mark.parametrize("restore", [False, True])
 def test_resuming_a_finished_run_changes_nothing(restore, tmp_path):
     job = Job(str(tmp_path), "full", "gradient_norm", tau=1e9, patience=1, restore=restore)

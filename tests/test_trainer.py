@@ -18,6 +18,7 @@ class GradESSeq2SeqTrainer(GradESTrainerMixin, Seq2SeqTrainer):
     pass
 
 
+@pytest.mark.compatibility("Trainer", "GradESTrainer", "works")
 def test_the_trainer_does_what_the_callback_does(tmp_path):
     callback = GradESCallback(CONFIG)
     with_callback = small.trainer(llama(), tmp_path / "a", [callback])
@@ -32,6 +33,7 @@ def test_the_trainer_does_what_the_callback_does(tmp_path):
     ]
 
 
+@pytest.mark.compatibility("Trainer", "report_to tensorboard (GradESTrainer)", "works")
 def test_reporters_get_the_scalars(tmp_path):
     options = {"report_to": "tensorboard", "extra": {"grades": CONFIG.to_dict()}}
     with pytest.MonkeyPatch.context() as patch:
@@ -68,6 +70,7 @@ class MyStopping(EarlyStoppingCallback):
     pass
 
 
+@pytest.mark.compatibility("Trainer", "GradESTrainer, EarlyStoppingCallback with skip_validation=True", "refused")
 @pytest.mark.parametrize("stopping", [EarlyStoppingCallback, MyStopping])
 def test_early_stopping_needs_evaluations(stopping, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "loss"}
@@ -82,6 +85,7 @@ class Fail(TrainerCallback):
             raise RuntimeError("out of luck")
 
 
+@pytest.mark.compatibility("Faults", "a callback that raises (GradESTrainer)", "works")
 def test_an_error_leaves_the_model_as_trainable_as_before(tmp_path):
     model = llama()
     trainer = small.trainer(model, tmp_path, [Fail()], cls=GradESTrainer, extra={"grades": CONFIG})

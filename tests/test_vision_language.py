@@ -135,6 +135,7 @@ def test_the_accuracy_is_that_of_a_model_that_answers(data_dir: Path) -> None:
     assert finetune_vlm.accuracy(model, rows, collate, 5) > 0.6
 
 
+@pytest.mark.compatibility("Trainer", "vision-language models (recipes/finetune_vlm.py)", "works")
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_recipe_runs_without_the_hub(method: str, data_dir: Path, tmp_path: Path) -> None:
     results = finetune_vlm.run(

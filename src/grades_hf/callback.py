@@ -12,6 +12,8 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
@@ -20,9 +22,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .config import GradESConfig
+from .distributed import DEEPSPEED, FSDP1, from_folder, from_rank_0
 from .engine import GradES
 from .freezer import parameter_indices, unwrap_optimizer
 from .history import FILE_NAME, History
+from .structure import plain_path
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +101,9 @@ class GradESCallback(TrainerCallback, ExportableState):
         path = Path(args.output_dir or ".") / FILE_NAME
         engine = GradES(model, self.config, total_steps=state.max_steps, optimizer=optimizer)
         try:
+            _refuse_lost_adapters(args, engine)
             if state.global_step > 0:
-                self._resume(engine, state, path)
+                self._resume(engine, model, state, path)
         except ValueError:
             GradES.release(model)
             raise
@@ -150,6 +155,7 @@ class GradESCallback(TrainerCallback, ExportableState):
         if self.engine is None:
             return
         if self._over:
+            self.engine.scale.remove()  # a gradient scaler wants to see gradients once a step
             kwargs["model"].zero_grad(set_to_none=True)
         else:
             self.engine.step()
@@ -203,6 +209,7 @@ class GradESCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.engine is not None:
+            self.engine.flush()
             self._write_history(always=True)
             logger.info("GradES: %s", self.engine.conclude())
         self._end()
@@ -218,6 +225,8 @@ class GradESCallback(TrainerCallback, ExportableState):
         if self.engine is None or any(key.startswith("eval_") for key in logs) or "train_runtime" in logs:
             return {}
         metrics = {"grades/frozen_fraction": self.engine.frozen_fraction}
+        if self.engine.meter is not None and self.engine.meter.measured:
+            metrics["grades/compute_saved"] = self.engine.savings().fraction
         values = list(self.engine.history.latest().values())
         if values:
             cuts = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
@@ -227,7 +236,7 @@ class GradESCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """For trainer_state.json: what a resumed run needs, but for the tensors (see `_add_previous_tensors`)."""
         checkpoint = None if self.engine is None else self.engine.state_dict(tensors=False)
-        return {"args": {"config": self.config.to_dict()}, "attributes": {"checkpoint": checkpoint}}
+        return {"args": {"config": self.config.state_dict()}, "attributes": {"checkpoint": checkpoint}}
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
@@ -250,10 +259,16 @@ class GradESCallback(TrainerCallback, ExportableState):
                 f"GradES cannot work under DataParallel (n_gpu={args.n_gpu}): its replicas do not see what is frozen. "
                 "Start with `torchrun` or `accelerate launch`, or show one device (CUDA_VISIBLE_DEVICES=0)."
             )
-        if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None:
+        under_deepspeed = AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED
+        if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None or under_deepspeed:
+            raise ValueError(DEEPSPEED)
+        if (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version") == 1:
+            raise ValueError(FSDP1)
+        optim = str(getattr(args.optim, "value", args.optim))
+        if optim.endswith("_layerwise") or optim in ("lomo", "adalomo"):
             raise ValueError(
-                "GradES cannot work under DeepSpeed: ZeRO's flat optimizer partitions go on moving frozen weights. "
-                "Train without DeepSpeed."
+                f"GradES cannot work with optim={optim!r}: it updates each weight during the backward pass, before its "
+                f"gradient can be looked at. Use {optim.removesuffix('_layerwise') if '_' in optim else 'adafactor'}."
             )
         if args.torch_compile and args.world_size > 1:
             raise ValueError(
@@ -279,9 +294,15 @@ class GradESCallback(TrainerCallback, ExportableState):
                 f"skip_validation=False to GradES, or drop {needs.split('=')[0]}."
             )
 
-    def _resume(self, engine: GradES, state: TrainerState, path: Path) -> None:
-        saved = _stateful(state).get(type(self).__name__) or {}
-        checkpoint = saved.get("attributes", {}).get("checkpoint")
+    def _resume(self, engine: GradES, model: nn.Module, state: TrainerState, path: Path) -> None:
+        saved = _stateful(state).get(type(self).__name__)
+        try:
+            checkpoint = None if saved is None else dict(saved["attributes"]["checkpoint"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                "trainer_state.json of the checkpoint holds no usable state of GradES, so it is not known what was "
+                f"frozen ({error!r}). Resume from another checkpoint."
+            ) from error
         if checkpoint is None:
             logger.warning(
                 "GradES: the checkpoint of step %d was made without GradES; nothing is frozen so far.",
@@ -295,16 +316,20 @@ class GradESCallback(TrainerCallback, ExportableState):
             )
         engine.load_state_dict(checkpoint)
         self._take_previous_tensors(engine)
+        if engine.ranks.sharded and engine.remembers:
+            self._take_previous_shards(engine, model, state, path.parent)
         try:
-            if path.exists():
-                engine.adopt_history(History.load(path))
-        except ValueError as error:
-            logger.warning("GradES: earlier values are lost from the history, training is not affected: %s", error)
+            engine.adopt_history(History.load(path), checkpoint.get("checksum"))
+        except (FileNotFoundError, ValueError) as error:
+            if saved is not None and state.is_world_process_zero:
+                logger.warning("GradES: earlier values are lost from the history, training is not affected: %s", error)
         self._over = engine.done
         if self._over:
             # Trainer takes one more step before it looks whether it should stop; nothing may change in it, but
             # backward needs something that requires a gradient.
             engine.freezer.release()
+            if engine.merger is not None:
+                engine.merger.close()
             logger.info("GradES: the checkpoint of step %d is the end of its run; nothing is left to train.", engine.t)
 
     def _add_previous_tensors(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -320,16 +345,43 @@ class GradESCallback(TrainerCallback, ExportableState):
     @staticmethod
     def _take_previous_tensors(engine: GradES) -> None:
         """Take back what `_add_previous_tensors` saved and Trainer has loaded into the optimizer's state."""
-        optimizer = engine.freezer.optimizer
-        if optimizer is None:
+        if not engine.freezer.optimizers:
             return
+        (optimizer,) = engine.freezer.optimizers
         monitor_of = {p: engine.monitors[c.monitor] for c in engine.components for p in c.measured}
         for parameter in list(optimizer.state):
             kept = optimizer.state[parameter].pop(PREVIOUS_KEY, None)
-            if kept is not None and parameter in monitor_of and monitor_of[parameter].compares_steps:
-                monitor_of[parameter].previous[parameter] = kept
+            monitor = monitor_of.get(parameter) if engine.remembers else None
+            if kept is not None and monitor is not None and monitor.compares_steps:
+                monitor.previous[parameter] = kept
             if not optimizer.state[parameter]:
                 del optimizer.state[parameter]
+
+    @staticmethod
+    def _take_previous_shards(engine: GradES, model: nn.Module, state: TrainerState, output_dir: Path) -> None:
+        """The same under FSDP2, where Trainer loads no more of a checkpoint than the optimizer has already.
+
+        With full state dicts rank 0 has got whole tensors all the same. Sharded ones are read from the checkpoint's
+        folder, which Trainer does not tell: it is the usual one, and holds this state.
+        """
+        monitor_of = {
+            p: engine.monitors[c.monitor]
+            for c in engine.components
+            if c.frozen_at is None and engine.monitors[c.monitor].compares_steps
+            for p in c.measured
+        }
+        whole = {p: m.previous.pop(p) for p, m in monitor_of.items() if p in m.previous}
+        tensors = from_rank_0(whole, list(monitor_of))
+        checkpoint = output_dir / f"checkpoint-{state.global_step}"
+        folder = checkpoint / "optimizer_0"
+        if not tensors and folder.is_dir():
+            held = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if (held.log_history, held.stateful_callbacks) == (state.log_history, state.stateful_callbacks):
+                names: dict[torch.Tensor, str] = {p: plain_path(name) for name, p in model.named_parameters()}
+                keys = {p: f"optimizer.state.{names[p]}.{PREVIOUS_KEY}" for p in monitor_of}
+                tensors = from_folder(folder, keys)
+        for parameter, tensor in tensors.items():
+            monitor_of[parameter].previous[parameter] = tensor
 
     def _write_history(self, *, always: bool) -> None:
         """Write grades_history.json; unless `always`, so seldom that it takes at most 1 % of the time.
@@ -356,6 +408,18 @@ class GradESCallback(TrainerCallback, ExportableState):
             if bar.total == state.max_steps and not bar.disable and bar.desc == "":
                 text = f"frozen {len(self.engine.history.events)}/{len(self.engine.components)}"
                 bar.set_postfix_str(text, refresh=False)
+
+
+def _refuse_lost_adapters(args: TrainingArguments, engine: GradES) -> None:
+    """FSDP2's full checkpoints of adapters hold what requires a gradient: frozen ones would be missing."""
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")
+    kind = str(getattr(plugin, "state_dict_type", ""))
+    adapters = engine.ranks.sharded and any(component.adapter for component in engine.components)
+    if adapters and "FULL" in kind and args.save_strategy != SaveStrategy.NO:
+        raise ValueError(
+            f"state_dict_type={kind} leaves frozen adapters out of checkpoints under FSDP2. Use "
+            'fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"}, or save_strategy="no".'
+        )
 
 
 def _stateful(state: TrainerState) -> dict[str, Any]:

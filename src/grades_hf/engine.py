@@ -12,15 +12,28 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .components import Component, find_components
+from .compilation import Batches
+from .components import Component, survey
 from .config import GradESConfig, is_count
 from .criterion import Threshold, assign_thresholds, grace_steps
-from .distributed import Ranks
-from .freezer import Freezer, unwrap_optimizer
-from .history import History
-from .monitors import Monitor, make_monitor
+from .distributed import Placeholders, Ranks, refuse
+from .flops import ComputeMeter, Savings
+from .freezer import Freezer, unwrap_optimizers
+from .history import History, check_events
+from .merging import Merger
+from .monitors import Monitor, Sampler, make_monitor
+from .prefix import Prefix
+from .scaling import GradientScale, find_scaler
+from .transfer import Reading
 
 logger = logging.getLogger(__name__)
+
+# The options that decide what is measured, and those that decide what freezes and when.
+SCALE = ("monitor", "reduction", "sample_size")
+RULE = (
+    "tau", "alpha", "patience", "check_every", "target_modules", "exclude_modules", "max_frozen_fraction",
+    "freeze_prefix", "delay_transfer",
+)  # fmt: skip
 
 _active: WeakKeyDictionary[nn.Module, GradES] = WeakKeyDictionary()
 
@@ -44,13 +57,18 @@ class GradES:
         model: The model that is trained; what is trainable now can be frozen.
         config: The options.
         total_steps: Planned number of optimizer steps T, 1 or more; the grace period is a part of it.
-        optimizer: The optimizer (or accelerate's wrapper), whose state for frozen parameters is dropped.
+        optimizer: The optimizer (or accelerate's wrapper), whose state for frozen parameters is dropped; or a list of
+            several.
+        scaler: The `torch.amp.GradScaler` of a loop in float16, default None; accelerate's is found by itself. Call
+            `step()` before `scaler.step(optimizer)`: it unscales the gradients if clipping has not done it. A step
+            that the scaler skips yields no values.
 
     Attributes:
         components: All that is tracked, in the order of the model's modules.
         history: Events and measured values.
         t: Optimizer steps seen.
         t_grace: ceil(alpha * T); components may freeze at steps after it.
+        merger: What merges frozen LoRA pairs, and `merger.merged` their names; None without `merge_frozen_adapters`.
 
     Raises:
         ValueError: an option that does not fit the model, or nothing to track; before anything is changed.
@@ -64,6 +82,7 @@ class GradES:
         *,
         total_steps: int,
         optimizer: Any = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         if not is_count(total_steps):
             raise ValueError(f"total_steps={total_steps!r} must be the planned number of optimizer steps, 1 or more.")
@@ -72,23 +91,52 @@ class GradES:
         self.total_steps = int(total_steps)
         self.t = 0
         self.t_grace = grace_steps(config.alpha, self.total_steps)
-        self.components = find_components(model, config)
+        self.components, left_out = survey(model, config)
         assign_thresholds(self.components, config.tau)
         for component in self.components:
             automatic = "gradient_norm" if component.adapter else "gradient_change"
             component.monitor = automatic if config.monitor == "auto" else config.monitor
+        sampler = None
+        if config.sample_size is not None:
+            names = {p: f"{c.name}/{place}" for c in self.components for place, p in enumerate(c.measured)}
+            sampler = Sampler(config.sample_size, names)
         self.monitors: dict[str, Monitor] = {
-            name: make_monitor(name) for name in dict.fromkeys(component.monitor for component in self.components)
+            name: make_monitor(name, sampler)
+            for name in dict.fromkeys(component.monitor for component in self.components)
         }
         self.criterion = Threshold(config.patience)
-        self.freezer = Freezer(unwrap_optimizer(optimizer))
+        self.batches = Batches(model, config.max_recompilations)
+        scaler = find_scaler(optimizer) if scaler is None else scaler
+        refuse(model, config, optimizer, compiled=self.batches.compiled, scaled=scaler is not None)
+        optimizers = unwrap_optimizers(optimizer)
+        self.scale = GradientScale(optimizers, scaler)
+        self.freezer = Freezer(optimizers, patient=self.batches.compiled)
+        self.merger = Merger(model, self.components) if config.merge_frozen_adapters else None
+        self.prefix: Prefix | None = None
+        if config.freeze_prefix:
+            self.prefix = Prefix(model, self.components, left_out, config.exclude_modules, self.freezer)
+            self.batches.allow(2)  # the order in which modules run is recorded by hooks, which come and go
         self.history = History.start(
             self.components, config.to_dict(), total_steps=self.total_steps, t_grace=self.t_grace
         )
         self._resumed = False
+        self._reading: Reading | None = None  # a check that is not decided upon yet
+        self.remembers = True  # whether tensors of the last step in a checkpoint are of this statistic
+        self._closed = False
         self.ranks = Ranks(model)
+        if self.ranks.sharded:
+            self.freezer.placeholders = Placeholders(optimizers)
         if any(component.adapter for component in self.components):
             self.freezer.guard(model)
+        self.meter: ComputeMeter | None = None
+        if config.count_flops:
+            self.meter = ComputeMeter(
+                model,
+                self.components,
+                optimizers,
+                merged=lambda: self.merger.merged if self.merger is not None else (),
+                compiled=self.batches.compiled,
+            )
         _active[model] = self
         logger.info(self.describe())
 
@@ -112,38 +160,85 @@ class GradES:
     @property
     def done(self) -> bool:
         """Whether `max_frozen_fraction` of the components is frozen: training should end after this step."""
-        return self.frozen_fraction >= self.config.max_frozen_fraction
+        return self._progress >= 1
+
+    @property
+    def _progress(self) -> float:
+        return self.frozen_fraction / self.config.max_frozen_fraction
 
     def step(self) -> None:
-        """Check and freeze; call between `backward` (and clipping) and `optimizer.step()`, once per optimizer step."""
+        """Check and freeze; call between `backward` (and clipping) and `optimizer.step()`, once per optimizer step.
+
+        Raises:
+            RuntimeError: the engine is closed, by `close()` or by another one for the same model.
+        """
+        if self._closed:
+            raise RuntimeError(
+                "this engine is closed: another run has begun for its model, or with its callback. Two runs at a time "
+                "need a model and a GradESCallback each."
+            )
         self.t += 1
-        self.freezer.reassert()
+        self.reassert()
+        skipped = self.scale.remove()
         self._warn_after_resume()
-        live = [component for component in self.components if component.frozen_at is None]
+        self._decide()  # upon a delayed check
+        live = self._live()
         if self.t % self.config.check_every == 0:
-            values = self.ranks.agree(self._measure(live), self.components[0].parameters[0].device)
-            self.history.record(self.t, values)
-            if self.t > self.t_grace:
-                self._freeze(live, values)
-                live = [component for component in live if component.frozen_at is None]
-        if (self.t + 1) % self.config.check_every == 0 and not self.done:
+            values = self.ranks.agree(self._measure(() if skipped else live, live))
+            self._reading = Reading(self.t, [component.name for component in live], values)
+            if not self.config.delay_transfer:
+                self._decide()
+                live = self._live()
+        if skipped:
+            self._forget()
+        else:
+            due = (self.t + 1) % self.config.check_every == 0 and not self.done
             for name, monitor in self.monitors.items():
-                monitor.remember(
-                    tensor for component in live if component.monitor == name for tensor in component.measured
-                )
+                monitor.remember(p for c in live if due and c.monitor == name for p in c.measured)
+        if self.meter is not None:
+            self.meter.step()
 
     def reassert(self) -> None:
         """Freeze again what something else (PEFT's `disable_adapter()`) has unfrozen since the last step."""
         self.freezer.reassert()
+        if self.merger is not None:
+            self.merger.refresh()
+
+    def flush(self) -> None:
+        """Add the last check to the history where `delay_transfer` has left it open; nothing freezes any more."""
+        if self._reading is not None:
+            self._record(self._reading)
+            self._reading = None
 
     def close(self) -> None:
         """End the run: `requires_grad` is as it was before (unless `keep_frozen`), everything kept is freed."""
+        self._closed = True
+        self.flush()
+        if self.meter is not None:
+            self.meter.close()
+        if self.merger is not None:
+            self.merger.close()
+        if self.prefix is not None:
+            self.prefix.close()
+        self.batches.close()
+        if self.freezer.placeholders is not None:
+            self.freezer.placeholders.close()
         self.freezer.release(keep_frozen=self.config.keep_frozen)
         if self.frozen and not self.config.keep_frozen:
             self.ranks.changed()
         self.ranks.close()
-        for monitor in self.monitors.values():
-            monitor.forget(list(monitor.previous))
+        self._forget()
+
+    def savings(self) -> Savings:
+        """What the steps so far have cost in FLOPs, and what freezing has saved of them; also after `close`.
+
+        Raises:
+            RuntimeError: it is not measured: `count_flops=False`, no step so far, a compiled model (torch.compile), or
+                a checkpoint without counts; the message says which.
+        """
+        if self.meter is None:
+            raise RuntimeError("savings are not measured: count_flops=False. Pass count_flops=True.")
+        return self.meter.savings(self.total_steps)
 
     def describe(self) -> str:
         """What is tracked and how, in one line."""
@@ -183,14 +278,25 @@ class GradES:
                 JSON types only.
 
         Returns:
-            `step`, `events` (what froze when), `below` (patience counters); and with `tensors` also `history` and
-            `previous` (component name -> one tensor or None for each measured tensor).
+            `step`, `events` (what froze when), `below` (patience counters), `config` and `total_steps` (what they were
+            made with), `checksum` (of the history), `reading` (the check that `delay_transfer` has left open, if any);
+            and with `tensors` also `history` and `previous` (component name -> one tensor or None for each measured
+            tensor).
         """
         state: dict[str, Any] = {
             "step": self.t,
             "events": list(self.history.events),
             "below": dict(self.criterion.below),
+            "config": self.config.state_dict(),
+            "total_steps": self.total_steps,
+            "checksum": self.history.checksum(),
         }
+        if self.prefix is not None:
+            state["prefix"] = self.prefix.state_dict()
+        if self._reading is not None:
+            state["reading"] = self._reading.state_dict()
+        if self.meter is not None:
+            state["flops"] = self.meter.state_dict()
         if tensors:
             state["history"] = self.history.to_dict()
             state["previous"] = {
@@ -203,52 +309,106 @@ class GradES:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`: freezes what was frozen; call after model and optimizer were restored.
 
+        Where options or `total_steps` are others than those of the state, the new ones hold from here on and a warning
+        names them: what is frozen stays frozen, patience starts to count anew, and with another statistic the record
+        begins anew, too.
+
         Raises:
             ValueError: the state does not fit the model; nothing has been changed then.
         """
         try:
-            step, events, below = int(state["step"]), list(state["events"]), dict(state["below"])
-            names = [event["name"] for event in events]
-        except (KeyError, TypeError, ValueError) as error:
+            step, below = int(state["step"]), {str(name): int(count) for name, count in state["below"].items()}
+            events = check_events(state["events"])
+            previous = {name: list(tensors) for name, tensors in state.get("previous", {}).items()}
+            reading = Reading.from_state(state["reading"]) if "reading" in state else None
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is no state of GradES: {error!r} is missing or malformed.") from error
         by_name = {component.name: component for component in self.components}
-        unknown = [name for name in [*names, *below] if name not in by_name]
+        names = [event["name"] for event in events]
+        open_names = () if reading is None else reading.names
+        unknown = sorted({name for name in (*names, *below, *previous, *open_names) if name not in by_name})
         if unknown:
             raise ValueError(
-                f"the checkpoint knows components that the model does not have ({', '.join(sorted(set(unknown))[:3])}"
-                f"{', ...' if len(set(unknown)) > 3 else ''}): resume with the same model, adapter and "
+                f"the checkpoint knows components that the model does not have ({', '.join(unknown[:3])}"
+                f"{', ...' if len(unknown) > 3 else ''}): resume with the same model, adapter and "
                 "target_modules that the checkpoint was made with."
             )
+        if any(not 1 <= event["step"] <= step for event in events):
+            raise ValueError(f"the state of GradES contradicts itself: of step {step}, it has freezings of later ones.")
+        for name, tensors in previous.items():
+            if len(tensors) != len(by_name[name].measured):
+                raise ValueError(
+                    f"the checkpoint measured {len(tensors)} tensors of {name}, the model has "
+                    f"{len(by_name[name].measured)}: resume with the same adapter that it was made with."
+                )
+        history = History.from_dict(state["history"]) if "history" in state else None
+        if self.meter is not None and "flops" in state:
+            self.meter.load_state_dict(state["flops"])
+        elif self.meter is not None and events:
+            self.meter.reason = "the checkpoint holds no counts (count_flops=False, or an older version of grades-hf)"
+        changed = self._changed_options(state)
+        if self.prefix is not None and "prefix" in state:
+            self.prefix.load_state_dict(state["prefix"])
         self.t = step
         self._resumed = True
-        self.criterion.below = below
+        self.criterion.below = {} if changed else below
+        self._reading = None if changed.intersection(SCALE) else reading
         self.history.events = events
         for event in events:
             component = by_name[event["name"]]
-            component.frozen_at = int(event["step"])
-            self.freezer.freeze(component)
+            component.frozen_at = event["step"]
+            self.freezer.freeze(component.parameters)
         if events:
-            self.ranks.changed()
-        if "history" in state:
-            self.adopt_history(History.from_dict(state["history"]))
-        for name, previous in state.get("previous", {}).items():
+            self.batches.due(self._progress)
+            self._settle()
+        if history is not None:
+            try:
+                self.adopt_history(history)
+            except ValueError as error:
+                if not changed:
+                    raise
+                logger.warning("GradES: earlier values are lost from the history: %s", error)
+        self.remembers = not changed.intersection(SCALE)
+        for name, tensors in previous.items() if self.remembers else ():
             component = by_name[name]
-            for parameter, tensor in zip(component.measured, previous, strict=True):
+            for parameter, tensor in zip(component.measured, tensors, strict=True):
                 if tensor is not None:
-                    kept = tensor.to(device=parameter.device, copy=True)
-                    self.monitors[component.monitor].previous[parameter] = kept
+                    self.monitors[component.monitor].restore(parameter, tensor)
 
-    def adopt_history(self, history: History) -> None:
+    def _changed_options(self, state: Mapping[str, Any]) -> set[str]:
+        """The options of `state` that are others now; one warning names them."""
+        own, earlier = self.config.state_dict(), dict(state.get("config") or {})
+        names = [name for name in (*RULE, *SCALE) if name in earlier and earlier[name] != own[name]]
+        changed: dict[str, tuple[Any, Any]] = {name: (earlier[name], own[name]) for name in names}
+        if state.get("total_steps", self.total_steps) != self.total_steps:
+            changed["total_steps"] = (state["total_steps"], self.total_steps)
+        if changed:
+            logger.warning(
+                "GradES: the checkpoint was made with other options (%s). The new ones hold from here on: what is "
+                "frozen stays frozen, other components may freeze from step %d on, and patience starts to count anew.",
+                "; ".join(f"{name}: {before!r} -> {now!r}" for name, (before, now) in changed.items()),
+                max(self.t_grace, int(state["step"])) + 1,
+            )
+        return set(changed)
+
+    def adopt_history(self, history: History, checksum: int | None = None) -> None:
         """Continue an earlier record of this run, as far as it goes up to the current step.
+
+        Args:
+            history: The record.
+            checksum: What `state_dict()` said of it, None if that is not known.
 
         Raises:
             ValueError: the record is of another run; nothing has been changed then.
         """
-        history.truncate(self.t)
+        history.truncate(self.t, None if self._reading is None else self._reading.step - 1)
         checks = len(history.steps)
         fits = history.values.keys() == self.history.values.keys() and history.frozen == self.frozen
+        fits = fits and (checksum is None or checksum == history.checksum())
         if not fits or any(len(history.values[c.name]) != checks for c in self.components if c.frozen_at is None):
-            raise ValueError("the history is of another run: its components or its frozen set differ.")
+            raise ValueError("the history is of another run: its components, its frozen set or its values differ.")
+        if _scale(history) != _scale(self.history):
+            raise ValueError("the history is of another statistic (monitor, reduction or sample_size).")
         self.history.steps = history.steps
         self.history.values = history.values
 
@@ -256,36 +416,63 @@ class GradES:
         """What the monitors remember of the last step, by parameter; empty where they need no memory."""
         return {p: tensor for monitor in self.monitors.values() for p, tensor in monitor.previous.items()}
 
+    def _forget(self) -> None:
+        for monitor in self.monitors.values():
+            monitor.forget(list(monitor.previous))
+
     # --- one check -----------------------------------------------------------------------------------------------
 
+    def _live(self) -> list[Component]:
+        return [component for component in self.components if component.frozen_at is None]
+
     @torch.no_grad()
-    def _measure(self, live: Sequence[Component]) -> dict[str, float]:
-        """The statistic of each component, NaN where there is none; one transfer from each device."""
-        owners: list[tuple[str, int]] = []
-        norms: list[Tensor] = []
-        without: set[str] = set()
+    def _measure(self, measured: Sequence[Component], live: Sequence[Component]) -> Tensor:
+        """The statistic of each component of `live`, NaN where there is none, or where it is not among `measured`.
+
+        Returns:
+            (len(live),) in float64 on the device of the first component. There is no transfer to the host.
+        """
+        device = self.components[0].parameters[0].device
+        if not live:
+            return torch.empty(0, dtype=torch.float64, device=device)
+        found: dict[Tensor, Tensor] = {}
+        for name, monitor in self.monitors.items():
+            found |= monitor.measure(p for c in measured if c.monitor == name for p in c.measured)
+        among = [parameter for component in measured for parameter in component.measured]
+        found = dict(zip(found, self.ranks.add_shards(list(found.values()), list(found), among), strict=True))
+        nan, zero = torch.full((), math.nan, device=device), torch.zeros((), device=device)
+        width = max(len(component.measured) for component in live)
+        norms: list[Tensor] = []  # for each component `width` of them
+        elements: list[int] = []
         for component in live:
-            monitor = self.monitors[component.monitor]
-            for parameter in component.measured:
-                if not monitor.takes_part(parameter):
-                    continue
-                norm = monitor.measure(parameter)
-                if norm is None:
-                    without.add(component.name)
-                else:
-                    owners.append((component.name, parameter.numel()))
-                    norms.append(norm)
-        totals: dict[str, float] = {}
-        elements: dict[str, int] = {}
-        for (name, numel), value in zip(owners, _to_host(norms), strict=True):
-            totals[name] = totals.get(name, 0.0) + value
-            elements[name] = elements.get(name, 0) + numel
+            takes_part = self.monitors[component.monitor].takes_part
+            parts = [p for p in component.measured if takes_part(p)]
+            row = [found[p] for p in parts if p in found]
+            if not row or len(row) < len(parts):
+                row = [nan]
+            norms += row + [zero] * (width - len(row))
+            elements.append(sum(p.numel() for p in parts))
+        values = _stack(norms, device).view(len(live), width).sum(1)
         if self.config.reduction == "mean":
-            totals = {name: total / elements[name] for name, total in totals.items()}
-        for component in live:
-            if totals.get(component.name) == 0 and not self.monitors[component.monitor].zero_is_a_value:
-                without.add(component.name)
-        return {c.name: math.nan if c.name in without else totals.get(c.name, math.nan) for c in live}
+            torch._foreach_div_(list(values.unbind()), [float(max(1, number)) for number in elements])
+        return values
+
+    def _decide(self) -> None:
+        """Record the check that is open, if any, and freeze what has converged."""
+        if self._reading is None:
+            return
+        reading, self._reading = self._reading, None
+        values = self._record(reading)
+        if reading.step > self.t_grace:
+            self._freeze([component for component in self._live() if component.name in values], values)
+
+    def _record(self, reading: Reading) -> dict[str, float]:
+        values = reading.values()
+        for component in self.components:
+            if values.get(component.name) == 0:  # says nothing about the matrix, see Monitor
+                values[component.name] = math.nan
+        self.history.record(reading.step, values)
+        return values
 
     def _freeze(self, live: Sequence[Component], values: Mapping[str, float]) -> None:
         # Every component's count goes on, so no short circuit here.
@@ -295,10 +482,13 @@ class GradES:
         for component in converged:
             component.frozen_at = self.t
             self.history.record_freeze(self.t, component, values[component.name])
-            self.freezer.freeze(component)
+            self.freezer.freeze(component.parameters)
             self.monitors[component.monitor].forget(component.measured)
             self.criterion.below.pop(component.name, None)
-        self.ranks.changed()
+        if self.prefix is not None:
+            self.prefix.update(self.t)
+        if self.batches.due(self._progress):
+            self._settle()
         kinds = Counter(f"{c.tower} {c.projection}" if c.tower else c.projection for c in converged)
         logger.info(
             "GradES step %d: froze %d (%s); %d of %d components are frozen.",
@@ -308,12 +498,22 @@ class GradES:
             len(self.history.events),
             len(self.components),
         )
-        if len(converged) == len(self.components) > 1 and self.t <= self.t_grace + self.config.check_every:
+        delay = int(self.config.delay_transfer)
+        if len(converged) == len(self.components) > 1 and self.t <= self.t_grace + self.config.check_every + delay:
             logger.warning(
                 "GradES: every component was below tau at the first check that could freeze it (step %d), so this run "
                 "ends like one that is simply stopped there. tau is probably too large for this model.",
                 self.t,
             )
+
+    def _settle(self) -> None:
+        """Whatever is frozen requires no gradient from the next forward pass on."""
+        self.freezer.settle()
+        if self.prefix is not None:
+            self.prefix.cut()
+        if self.merger is not None:
+            self.merger.merge(component for component in self.components if component.frozen_at is not None)
+        self.ranks.changed()
 
     def _warn_after_resume(self) -> None:
         """Say once that the first check after a resume has nothing to compare with, where that is so."""
@@ -330,11 +530,17 @@ class GradES:
             )
 
 
-def _to_host(norms: Sequence[Tensor]) -> list[float]:
-    """0-d tensors as floats, in order; one transfer from each device."""
-    floats = [0.0] * len(norms)
-    for device in dict.fromkeys(norm.device for norm in norms):
-        indices = [index for index, norm in enumerate(norms) if norm.device == device]
-        for index, value in zip(indices, torch.stack([norms[i].double() for i in indices]).tolist(), strict=True):
-            floats[index] = value
-    return floats
+def _scale(history: History) -> tuple[dict[str, str], Any, Any]:
+    """What its values measure."""
+    monitors = {component["name"]: component["monitor"] for component in history.components}
+    return monitors, history.config.get("reduction"), history.config.get("sample_size")
+
+
+def _stack(norms: list[Tensor], device: torch.device) -> Tensor:
+    """0-d tensors as one in float64 on `device`, in order; one copy from each other device."""
+    for other in {norm.device for norm in norms} - {device}:
+        indices = [index for index, norm in enumerate(norms) if norm.device == other]
+        moved = torch.stack([norms[index] for index in indices]).to(device, non_blocking=True)
+        for index, norm in zip(indices, moved.unbind(), strict=True):
+            norms[index] = norm
+    return torch.stack(norms).double()

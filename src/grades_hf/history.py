@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import zlib
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -79,9 +79,14 @@ class History:
             if last and len(series) == last and math.isfinite(series[-1])
         }
 
-    def truncate(self, step: int) -> None:
-        """Forget everything after `step` (a resumed run measures it again)."""
-        checks = sum(1 for item in self.steps if item <= step)
+    def checksum(self) -> int:
+        """Differs between runs: over the last check and the last value of every component."""
+        last = {name: [v if math.isfinite(v) else None for v in series[-1:]] for name, series in self.values.items()}
+        return zlib.crc32(json.dumps([self.steps[-1:], last], sort_keys=True).encode())
+
+    def truncate(self, step: int, check: int | None = None) -> None:
+        """Forget everything after `step`, and checks after `check` if given (a resumed run measures them again)."""
+        checks = sum(1 for item in self.steps if item <= (step if check is None else check))
         del self.steps[checks:]
         for series in self.values.values():
             del series[checks:]
@@ -114,7 +119,7 @@ class History:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise ValueError(f"this is no GradES history of format {FORMAT} (format: {found!r}).")
         try:
-            return cls(
+            history = cls(
                 config=dict(data["config"]),
                 total_steps=int(data["total_steps"]),
                 t_grace=int(data["t_grace"]),
@@ -124,10 +129,14 @@ class History:
                     name: array("d", (math.nan if value is None else float(value) for value in series))
                     for name, series in data["values"].items()
                 },
-                events=list(data["events"]),
+                events=check_events(data["events"]),
             )
+            described = {component["name"]: component["monitor"] for component in history.components}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this GradES history is incomplete: {error!r}.") from error
+        if described.keys() != history.values.keys():
+            raise ValueError("this GradES history contradicts itself: it has values of other components than it names.")
+        return history
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to `path` atomically; a name that ends in `.parquet` gives one row per value, any other name JSON.
@@ -135,19 +144,18 @@ class History:
         A reader sees the old file or the new one, never half of one; a full disk leaves the old one.
         """
         path = Path(path)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = path.with_name(f".{path.name}.tmp")  # what a killed process has left is overwritten
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with open(temporary, "wb") as file:
                 if path.suffix == ".parquet":
                     self._write_parquet(file)
                 else:
                     file.write(json.dumps(self.to_dict(), allow_nan=False).encode())
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
@@ -198,7 +206,16 @@ class History:
         return history
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def check_events(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Freezings that were read from a file, checked.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are incomplete, or a component is frozen twice.
+    """
+    read = [{**event, "step": int(event["step"]), "name": event["name"]} for event in events]
+    for event in read:
+        if not {"value", "tau"} <= event.keys():
+            raise KeyError(f"an event has {', '.join(event)} only")
+    if len({event["name"] for event in read}) != len(read):
+        raise ValueError("a component is frozen twice.")
+    return read

@@ -93,6 +93,16 @@ def find_sites(root: nn.Module) -> list[Site]:
     return sites
 
 
+def sequential_blocks(root: nn.Module) -> list[tuple[str, list[nn.Module]]]:
+    """Path and members of each list of blocks that run one after the other."""
+    return [(part.path, part.blocks) for part in _block_lists(root) if not part.parallel]
+
+
+def plain_path(path: str) -> str:
+    """`path` without the segments that wrappers put between a module and the path that its user knows."""
+    return _WRAPPER_SEGMENTS.sub("", path).rstrip(".")
+
+
 # --- blocks ------------------------------------------------------------------------------------------------------
 
 
@@ -401,5 +411,4 @@ def _names(site: Site, words: re.Pattern[str]) -> bool:
 
 
 def _join(path: str, name: str) -> str:
-    """`path.name`, without the segments that wrappers put between a module and the path that its user knows."""
-    return _WRAPPER_SEGMENTS.sub("", f"{path}.{name}" if path else name).rstrip(".")
+    return plain_path(f"{path}.{name}" if path else name)

@@ -57,6 +57,15 @@ class GradESTrainerMixin(_Base):
             if engine is not None:
                 engine.close()
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """What the model has computed since the last call, counted (see `Savings`); Trainer sums it to `total_flos`.
+
+        Where it is not counted (`count_flops=False`, torch.compile), it is the base class's estimate.
+        """
+        engine = self.grades_callback.engine
+        flops = engine.meter.take() if engine is not None and engine.meter is not None else None
+        return super().floating_point_ops(inputs) if flops is None else flops
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, **self.grades_callback.metrics(logs)}, *args, **kwargs)
 

@@ -147,6 +147,7 @@ def test_early_stopping_rows_come_out_of_the_training_rows(config: Path, tmp_pat
         (["--eval_split", "train"], "train_split and eval_split are both 'train'"),
         (["--model", "/nowhere"], "model='/nowhere' is no directory"),
         (["--resume_from_checkpoint", "/nowhere"], "resume_from_checkpoint='/nowhere' holds no trainer_state.json"),
+        (["--resume_from_checkpoint", "true"], "holds no complete checkpoint; leave it out"),
         (["--eval_strategy", "epoch"], "eval_strategy='epoch' needs rows: set holdout_samples"),
     ],
 )
@@ -193,3 +194,18 @@ def test_thresholds_that_do_not_fit_the_model_are_refused_before_the_first_evalu
         with pytest.raises(SystemExit, match=rf"^finetune\.py: error: .*{message}"):
             finetune.main(["--config", str(config), *options])
     assert not (tmp_path / "run").exists()
+
+
+def test_the_newest_complete_checkpoint_is_resumed_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    states = {9: '{"global_step": 9}', 12: '{"global_step": 12}', 15: '{"global_st', 18: None}
+    for step, state in states.items():
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-best").mkdir()
+    with caplog.at_level("INFO", logger="recipes"):
+        assert finetune.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
+    messages = [record.getMessage() for record in caplog.records]
+    assert [("checkpoint-18" in m, "checkpoint-15" in m, "Resuming from" in m) for m in messages] == [
+        (True, False, False), (False, True, False), (False, False, True),
+    ]  # fmt: skip

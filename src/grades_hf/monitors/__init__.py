@@ -5,13 +5,14 @@ from __future__ import annotations
 from .base import Monitor
 from .gradient_change import GradientChange
 from .gradient_norm import GradientNorm
+from .sampling import Sampler
 from .weight_change import WeightChange
 
-__all__ = ["GradientChange", "GradientNorm", "Monitor", "WeightChange", "make_monitor"]
+__all__ = ["GradientChange", "GradientNorm", "Monitor", "Sampler", "WeightChange", "make_monitor"]
 
 _CLASSES: dict[str, type[Monitor]] = {cls.name: cls for cls in (GradientChange, GradientNorm, WeightChange)}
 
 
-def make_monitor(name: str) -> Monitor:
+def make_monitor(name: str, sampler: Sampler | None = None) -> Monitor:
     """A fresh monitor by its name: `"gradient_change"`, `"gradient_norm"` or `"weight_change"`."""
-    return _CLASSES[name]()
+    return _CLASSES[name](sampler)

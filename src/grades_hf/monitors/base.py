@@ -1,4 +1,4 @@
-"""What every monitor offers: a value for each tensor now, and a memory of the step before where it needs one."""
+"""What every monitor offers: values for many tensors at once, and a memory of the step before where it needs one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+
+from ..distributed import local, placed_like
+from .norms import l1_distances, l1_norms
+from .sampling import Sampler
 
 
 class Monitor(ABC):
@@ -15,32 +20,102 @@ class Monitor(ABC):
     A monitor sees single tensors; the engine adds the values of a component's tensors up. Those that compare two
     steps keep the tensor of the step before in `previous` and free it in `forget`.
 
+    A value of exactly 0 is none (the engine sees to that): the batch said nothing about the matrix (no labels, no
+    image for a vision tower), or there was no update.
+
+    Args:
+        sampler: Which elements to look at; None (default) for all of them.
+
     Attributes:
         name: The statistic's name in `GradESConfig.monitor`.
         compares_steps: Whether it needs `previous`, so that its first check yields no value.
-        zero_is_a_value: Whether exactly 0 says something about the matrix, or only that nothing was measured.
-        previous: What was remembered, by parameter; always empty for a monitor that looks at one step only.
+        previous: What was remembered, by parameter: tensors like it, or with a sampler (n,) elements of them. Always
+            empty for a monitor that looks at one step only.
     """
 
     name: ClassVar[str]
     compares_steps: ClassVar[bool] = True
-    zero_is_a_value: ClassVar[bool] = True
 
-    def __init__(self) -> None:
+    def __init__(self, sampler: Sampler | None = None) -> None:
         self.previous: dict[Tensor, Tensor] = {}
+        self.sampler = sampler
+        self._samples: dict[Tensor, Tensor] = {}  # of this step's check, which `remember` may keep
+
+    @abstractmethod
+    def source(self, parameter: Tensor) -> Tensor | None:
+        """What the statistic looks at; None where this step's batch did not involve `parameter` (an idle expert)."""
 
     def takes_part(self, parameter: Tensor) -> bool:
         """Whether this step's batch involved `parameter` (an expert or adapter that it did not has no gradient)."""
-        return parameter.grad is not None
+        return self.source(parameter) is not None
 
-    @abstractmethod
-    def measure(self, parameter: Tensor) -> Tensor | None:
-        """The statistic of one parameter as a 0-d tensor on its device; None where there is nothing to compare with."""
+    def measure(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+        """The statistic of each parameter as a 0-d tensor on its device, in float32 or better.
 
-    def remember(self, parameters: Iterable[Tensor]) -> None:  # noqa: B027 - most statistics need no memory
-        """Keep what the check at the next step needs; called after this step's check."""
+        Left out are those that do not take part, and those that have nothing to compare with.
+        """
+        sources = self._sources(p for p in parameters if not self.compares_steps or self._comparable(p))
+        if self.sampler is not None:
+            sources = self._samples = {p: self.sampler.take(p, source) for p, source in sources.items()}
+        now = list(sources.values())
+        if self.compares_steps:
+            norms = l1_distances(now, [self.previous[parameter] for parameter in sources])
+        else:
+            norms = l1_norms(now)
+        if self.sampler is not None and norms:
+            torch._foreach_mul_(norms, [self.sampler.factor(parameter) for parameter in sources])
+        return dict(zip(sources, norms, strict=True))
+
+    def remember(self, parameters: Iterable[Tensor]) -> None:
+        """Keep what the check at the next step needs of these parameters, and nothing of others.
+
+        Called after each step's check; with no parameters where the next step makes none.
+        """
+        if self.compares_steps:
+            self.previous = self._kept(self._sources(parameters))
+        self._samples = {}
 
     def forget(self, parameters: Iterable[Tensor]) -> None:
         """Free what is kept for these parameters."""
         for parameter in parameters:
             self.previous.pop(parameter, None)
+            self._samples.pop(parameter, None)
+            if self.sampler is not None:
+                self.sampler.forget(parameter)
+
+    def restore(self, parameter: Tensor, previous: Tensor) -> None:
+        """Take back a copy of what `previous` held for `parameter` before an interruption.
+
+        Raises:
+            ValueError: its shape is another one.
+        """
+        if self.sampler is None:
+            self.previous[parameter] = placed_like(previous, parameter)
+        else:
+            self.previous[parameter] = self.sampler.fitting(parameter, previous)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept from one step to the next: `previous`, and the indices of the samples."""
+        kept = sum(local(tensor).nbytes for tensor in self.previous.values())
+        return kept + (0 if self.sampler is None else self.sampler.nbytes)
+
+    def _sources(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+        found = ((parameter, self.source(parameter)) for parameter in parameters)
+        return {parameter: source for parameter, source in found if source is not None}
+
+    def _comparable(self, parameter: Tensor) -> bool:
+        return parameter in self.previous
+
+    def _kept(self, sources: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """What to keep of each: copies, in the memory of those of the step before."""
+        kept: dict[Tensor, Tensor] = {}
+        for parameter, source in sources.items():
+            if self.sampler is not None:
+                sample = self._samples.get(parameter)
+                kept[parameter] = self.sampler.take(parameter, source) if sample is None else sample
+            elif parameter in self.previous:
+                kept[parameter] = self.previous[parameter].copy_(source)
+            else:
+                kept[parameter] = source.clone()
+        return kept

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from .base import Monitor
-from .norms import l1_norm
 
 
 class GradientNorm(Monitor):
@@ -14,5 +13,5 @@ class GradientNorm(Monitor):
     name = "gradient_norm"
     compares_steps = False
 
-    def measure(self, parameter: Tensor) -> Tensor | None:
-        return None if parameter.grad is None else l1_norm(parameter.grad)
+    def source(self, parameter: Tensor) -> Tensor | None:
+        return parameter.grad

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from .base import Monitor
-from .norms import l1_distance
 
 
 class WeightChange(Monitor):
@@ -22,18 +19,9 @@ class WeightChange(Monitor):
     """
 
     name = "weight_change"
-    zero_is_a_value = False
+
+    def source(self, parameter: Tensor) -> Tensor | None:
+        return parameter.detach()
 
     def takes_part(self, parameter: Tensor) -> bool:
         return True
-
-    def measure(self, parameter: Tensor) -> Tensor | None:
-        previous = self.previous.get(parameter)
-        return None if previous is None else l1_distance(parameter.detach(), previous)
-
-    def remember(self, parameters: Iterable[Tensor]) -> None:
-        for parameter in parameters:
-            if parameter in self.previous:
-                self.previous[parameter].copy_(parameter.detach())
-            else:
-                self.previous[parameter] = parameter.detach().clone()

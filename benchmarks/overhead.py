@@ -1,0 +1,276 @@
+"""What monitoring costs: `python -m benchmarks.overhead` measures bare steps, ours and the peer's side by side.
+
+The setting: fine-tuning, all weights or a LoRA, of a random model of a real shape with AdamW. A round runs a few steps
+with each way of monitoring, in alternating order, on the same model. The time of monitoring is that of
+`engine.step()`, or of the peer's callback; the time of a step is that of a bare one in the same round. Nothing freezes.
+
+The memory-bandwidth limit is the time in which all watched gradients and those of the step before are read once, by
+`sum()`, in the same steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState
+
+from benchmarks import common
+from grades_hf import GradES, GradESConfig
+
+NEVER = 1e-30  # a threshold that nothing falls below
+MEASURED = 2
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of monitoring: ours with these options, the peer, or none.
+
+    Attributes:
+        options: Options of `GradESConfig`; None for no engine.
+        peer: Whether the peer's callback runs.
+        warmup: Steps until it works as in all later ones.
+        measured: Steps that are measured.
+    """
+
+    options: dict[str, Any] | None = None
+    peer: bool = False
+    warmup: int = 2
+    measured: int = MEASURED
+
+
+@dataclass
+class Times:
+    """Seconds, one entry a measured step."""
+
+    step: list[float] = field(default_factory=list)
+    hook: list[float] = field(default_factory=list)
+    limit: list[float] = field(default_factory=list)
+    kept: int = 0  # bytes from one step to the next
+
+
+def ways(options: argparse.Namespace, *, lora: bool) -> dict[str, Way]:
+    """All ways of monitoring, by name."""
+    first = "gradient_norm" if lora else "gradient_change"
+    result = {"bare": Way(warmup=1)}
+    for monitor in ("gradient_change", "gradient_norm", "weight_change"):
+        result[monitor] = Way({"monitor": monitor})
+    # Ten steps, of which one makes a check and the one before keeps what it compares with.
+    result[f"{first}, check_every=10"] = Way({"monitor": first, "check_every": 10}, warmup=0, measured=10)
+    if not lora:
+        for monitor in ("gradient_change", "gradient_norm", "weight_change"):
+            sampled = {"monitor": monitor, "sample_size": options.sample_size}
+            result[f"{monitor}, sample_size={options.sample_size}"] = Way(sampled)
+    if torch.device(options.device).type != "cpu":
+        result[f"{first}, delay_transfer"] = Way({"monitor": first, "delay_transfer": True})
+    if not options.no_peer:
+        result["peer"] = Way(peer=True)
+    return result
+
+
+def peer_callback(steps: int) -> Any:
+    """The callback of the package `grades`, of which nothing freezes.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the benchmarks compare with the package grades: pip install -c constraints.txt -e '.[benchmarks]', or "
+            "leave it out with --no-peer."
+        ) from error
+    return GradEarlyStoppingCallback(config=GradEarlyStoppingConfig(tau=NEVER, alpha=(steps - 1) / steps))
+
+
+@dataclass
+class Hooks:
+    """What monitoring adds to a step.
+
+    Attributes:
+        before: To call before the update.
+        after: To call at the end of the step.
+        kept: Bytes that are kept from one step to the next.
+        watched: The parameters that are monitored; empty for the peer's.
+        callback: The peer's.
+    """
+
+    before: Callable[[], None] | None = None
+    after: Callable[[], None] | None = None
+    kept: Callable[[], int] = lambda: 0
+    watched: Sequence[Tensor] = ()
+    callback: Any = None
+
+
+@contextmanager
+def monitoring(way: Way, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Hooks]:
+    """Monitor `model` in this way for a while."""
+    if way.options is not None:
+        config = GradESConfig(**{"tau": NEVER, "count_flops": False, **way.options})
+        engine = GradES(model, config, total_steps=1000, optimizer=optimizer)
+        yield Hooks(
+            before=engine.step,
+            kept=lambda: sum(monitor.nbytes for monitor in engine.monitors.values()),
+            watched=[parameter for component in engine.components for parameter in component.measured],
+        )
+        engine.close()
+    elif way.peer:
+        callback, state, control = peer_callback(1000), TrainerState(max_steps=1000), TrainerControl()
+        arguments: Any = SimpleNamespace(output_dir=None)
+        callback.on_train_begin(arguments, state, control, model=model)
+
+        def after() -> None:
+            state.global_step += 1
+            callback.on_step_end(arguments, state, control, model=model)
+
+        yield Hooks(after=after, kept=lambda: cached_bytes(callback), callback=callback)
+    else:
+        yield Hooks()
+
+
+def cached_bytes(callback: Any) -> int:
+    """Bytes of the weights that the peer's callback has copied."""
+    caches = [stats.weight_cache for stats in callback.component_stats.values() if stats.weight_cache is not None]
+    return sum(t.nbytes for cache in caches for t in (cache.values() if isinstance(cache, dict) else [cache]))
+
+
+def run(
+    way: Way, model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], device: str, times: Times
+) -> None:
+    """A few steps in this way.
+
+    On an accelerator the monitoring of the last step alone is timed by itself, since waiting for it on both sides makes
+    the step longer.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    number = way.warmup + way.measured
+    with monitoring(way, model, optimizer) as hooks:
+        for index in range(number):
+            measured = index >= way.warmup
+            alone = measured and (on_cpu or index == number - 1)
+            common.synchronize(device)
+            start, hook = time.perf_counter(), 0.0
+            model(**batch).loss.backward()
+            if hooks.before is not None:
+                hook += _call(hooks.before, device if alone else None)
+                if alone and way.options == {"monitor": "gradient_change"}:
+                    pause = time.perf_counter()
+                    times.limit.append(_read_once(hooks.watched, device))
+                    start += time.perf_counter() - pause
+            optimizer.step()
+            optimizer.zero_grad()
+            if hooks.after is not None:
+                hook += _call(hooks.after, device if alone else None)
+            common.synchronize(device)
+            if alone:
+                times.hook.append(hook)
+            if measured and (on_cpu or not alone):
+                times.step.append(time.perf_counter() - start)
+        times.kept = hooks.kept()
+
+
+def _call(function: Callable[[], None], device: str | None) -> float:
+    """Call it; the seconds that it took where a device to wait for is given."""
+    if device is None:
+        function()
+        return 0.0
+    return common.seconds(function, device)
+
+
+def _read_once(watched: Sequence[Tensor], device: str) -> float:
+    """Seconds for reading every watched gradient, and a tensor of its size elsewhere in memory, once."""
+    pairs = [(parameter.grad, parameter.detach()) for parameter in watched if parameter.grad is not None]
+    return common.seconds(lambda: [(gradient.sum(), other.sum()) for gradient, other in pairs], device)
+
+
+def measure(options: argparse.Namespace, *, lora: bool) -> dict[str, Any]:
+    """All ways in one mode; times are medians over rounds, ratios are taken round by round."""
+    config = common.shape(options.shape)
+    model = common.model(
+        config, device=options.device, dtype=common.dtype(options), rank=options.rank if lora else None
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    batch = common.batch(config, options.batch, options.length, device=options.device)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    everything = ways(options, lora=lora)
+    rounds: list[dict[str, Times]] = []
+    for number in range(options.rounds):
+        times = {name: Times() for name in everything}
+        order = list(everything.items())
+        for name, way in order if number % 2 == 0 else reversed(order):
+            run(way, model, optimizer, batch, options.device, times[name])
+        rounds.append(times)
+
+    bare = [statistics.median(times["bare"].step) for times in rounds]
+    results: dict[str, Any] = {"bare": {"seconds": common.spread(bare)}}
+    for name in everything:
+        if name == "bare":
+            continue
+        own = [times[name] for times in rounds]
+        results[name] = {
+            "hook_share": common.ratio([statistics.mean(t.hook) for t in own], bare),
+            "step_ratio": common.ratio([statistics.median(t.step) for t in own], bare),
+            "hook_seconds": common.spread([statistics.mean(t.hook) for t in own]),
+            "kept_bytes": own[-1].kept,
+            "kept_share_of_model": own[-1].kept / size,
+        }
+    own = [times["gradient_change"] for times in rounds]
+    limits = [statistics.mean(t.limit) for t in own]
+    results["gradient_change"]["over_bandwidth_limit"] = common.ratio([statistics.mean(t.hook) for t in own], limits)
+    results["gradient_change"]["limit_seconds"] = common.spread(limits)
+    return results
+
+
+def report(mode: str, results: dict[str, Any]) -> None:
+    """The table of one mode."""
+    bare = results["bare"]["seconds"]
+    common.say(f"\n{mode}: a bare step takes {bare['median']:.3f} s ({bare['min']:.3f} to {bare['max']:.3f})")
+    common.say(f"{'':34} {'monitoring / bare step':>24} {'step / bare step':>20} {'kept / model':>13}")
+    for name, values in results.items():
+        if name == "bare":
+            continue
+        hook, step = values["hook_share"], values["step_ratio"]
+        common.say(
+            f"{name:34} {hook['median']:8.2%} ({hook['min']:6.2%}-{hook['max']:6.2%}) "
+            f"{step['median']:6.3f} ({step['min']:.3f}-{step['max']:.3f}) {values['kept_share_of_model']:12.2%}"
+        )
+    limit = results["gradient_change"]["over_bandwidth_limit"]
+    common.say(
+        f"gradient_change takes {limit['median']:.2f} times ({limit['min']:.2f}-{limit['max']:.2f}) as long as reading "
+        "both gradients once."
+    )
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Measure, print, write; returns the JSON file."""
+    parser = common.parser(__doc__.splitlines()[0], rounds=3)
+    parser.add_argument("--modes", nargs="+", choices=("full", "lora"), default=["full", "lora"])
+    parser.add_argument("--sample-size", type=int, default=2048, help="elements of each tensor, where sampled")
+    parser.add_argument("--no-peer", action="store_true", help="without the package grades")
+    options = parser.parse_args(arguments)
+    if not options.no_peer:
+        peer_callback(2)  # say at once if it is missing
+    torch.set_num_threads(options.threads)
+    results = {}
+    for mode in options.modes:
+        results[mode] = measure(options, lora=mode == "lora")
+        report(mode, results[mode])
+    return common.write("overhead", results, options, *([] if options.no_peer else ["grades"]))
+
+
+if __name__ == "__main__":
+    common.say(f"\nwritten to {main()}")

@@ -1,0 +1,1 @@
+"""Trainers of other libraries, each in a small real run with freezing."""
