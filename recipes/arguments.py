@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import json
 import re
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +47,25 @@ class ModelArguments:
         "What gets an adapter, by PEFT's conventions: all-linear, a regular expression, or a list of names as JSON.",
         "all-linear",
     )
+    load_in_4bit: bool = _argument(
+        "Hold the base's linear layers in 4 bits (bitsandbytes, NF4), for --method lora.", False
+    )
+
+    def check(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ValueError: an option of the adapters cannot be, or 4-bit weights cannot be had or trained.
+        """
+        if self.method == "lora":
+            self.lora_config()
+        if self.load_in_4bit and self.method == "full":
+            raise ValueError(
+                "load_in_4bit=True and method='full': weights in 4 bits cannot be trained. Pass --method lora, or "
+                "leave load_in_4bit out."
+            )
+        if self.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("load_in_4bit=True needs bitsandbytes: pip install 'grades-hf[bnb]'.")
 
     def lora_config(self) -> LoraConfig:
         """The adapters as PEFT's config."""
@@ -52,7 +73,7 @@ class ModelArguments:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=_names(self.lora_target_modules),
+            target_modules=names(self.lora_target_modules),
             task_type="CAUSAL_LM",
         )
 
@@ -61,24 +82,73 @@ class ModelArguments:
 class DataArguments:
     """What it is fine-tuned on."""
 
-    task: str = _argument("Benchmark: a name in recipes/tasks/formats.py.", "siqa")
+    task: str = _argument("Benchmark, or several mixed (siqa,boolq): names in recipes/tasks/formats.py.", "siqa")
+    objective: Literal["answer", "text"] = _argument(
+        "What is learned: the answer, or prompt and answer alike as plain text.", "answer"
+    )
     data_dir: str | None = _argument(
         "Directory with <task>/<split>.jsonl.gz (or .jsonl, .json, .parquet); default: the hub."
     )
     train_split: str = _argument("Split to train on.", "train")
-    train_samples: int | None = _argument("Number of rows to train on; default: all.")
+    train_samples: int | None = _argument("Number of rows to train on, of all tasks together; default: all.")
     holdout_samples: int = _argument("Training rows set aside for evaluations during training (eval_strategy).", 0)
     max_length: int = _argument("Tokens a row; longer prompts lose their beginning.", 1024)
 
 
 @dataclass
 class EvaluationArguments:
-    """How its accuracy is measured."""
+    """How its quality is measured."""
 
-    eval_split: str = _argument("Split to measure the accuracy on.", "validation")
-    eval_samples: int | None = _argument("Number of rows, the same ones for every seed; default: all.")
-    evaluate_before: bool = _argument("Measure the accuracy before training.", True)
-    evaluate_after: bool = _argument("Measure the accuracy after training.", True)
+    measure: Literal["accuracy", "loss"] = _argument(
+        "Quality: accuracy by lm-evaluation-harness, or the mean loss a token on the same rows.", "accuracy"
+    )
+    eval_split: str = _argument("Split to measure the quality on.", "validation")
+    eval_samples: int | None = _argument("Number of rows of each task, the same ones for every seed; default: all.")
+    evaluate_before: bool = _argument("Measure the quality before training.", True)
+    evaluate_after: bool = _argument("Measure the quality after training.", True)
+
+
+ARMS = ("grades", "none", "es", "stop", "short", "peer")
+
+
+@dataclass
+class ArmArguments:
+    """Which of the ways of training that are compared, see `recipes/arms.py`."""
+
+    arm: str | None = _argument(
+        "grades; none: all steps, nothing frozen; es: early stopping by validation loss; stop: ends after the part "
+        "alpha of the steps; short: a schedule of that length; peer: the PyPI package grades. Default: grades, or none "
+        "with --no_grades."
+    )
+    restore_best: bool = _argument("Arm es: end with the weights of the lowest validation loss.", True)
+    peer_tau: float | None = _argument("Arm peer: its threshold, on the L1 norm of a matrix's weight change.")
+    observe: bool = _argument("Freeze nothing, but record every value, for `grades-hf suggest`.", False)
+    dry_run: bool = _argument(
+        "Two steps of a small random model of the same architecture, without download, into OUTPUT_DIR/dry_run.", False
+    )
+
+    def name(self, grades: bool) -> str:
+        """The arm.
+
+        Args:
+            grades: What `--grades` says.
+
+        Raises:
+            ValueError: it is unknown, or lacks or contradicts another argument.
+        """
+        arm = self.arm or ("grades" if grades else "none")
+        if arm not in ARMS:
+            raise ValueError(f"arm={arm!r} is unknown; use one of {', '.join(ARMS)}.")
+        if arm == "grades" and not grades:
+            raise ValueError("arm='grades' contradicts grades=False; drop one of them.")
+        if arm == "peer" and self.peer_tau is None:
+            raise ValueError(
+                "peer_tau is missing: pass --peer_tau NUMBER. Its scale is that of --monitor weight_change, so "
+                "--observe --monitor weight_change shows which values occur."
+            )
+        if self.observe and arm != "grades":
+            raise ValueError(f"observe=True records GradES's statistic; it does not go together with arm={arm!r}.")
+        return arm
 
 
 RENAMED = {"target_modules": "freeze_target_modules", "exclude_modules": "freeze_exclude_modules"}
@@ -117,23 +187,31 @@ GradESArguments = dataclasses.make_dataclass(
 GradESArguments.__doc__ = "When a matrix is frozen: GradESConfig's options, its modules under `freeze_...`."
 
 
-def grades_config(arguments: Any) -> GradESConfig | None:
+# Below every value that a sum of gradients can have, so nothing freezes.
+NO_TAU = sys.float_info.min
+
+
+def grades_config(arguments: Any, *, observe: bool = False) -> GradESConfig | None:
     """GradES's options out of its arguments; None where `grades` is false.
+
+    Args:
+        arguments: GradESArguments.
+        observe: With a tau that nothing falls below, whatever `tau` says.
 
     Raises:
         ValueError: tau is missing, or an option has a value that it cannot have.
     """
     if not arguments.grades:
         return None
-    if arguments.tau is None:
+    if arguments.tau is None and not observe:
         raise ValueError("tau is missing: pass --tau NUMBER, or --no_grades to train without freezing.")
     options = {
         option.name: getattr(arguments, RENAMED.get(option.name, option.name))
         for option in dataclasses.fields(GradESConfig)
     }
-    options["tau"] = _threshold(options["tau"])
+    options["tau"] = NO_TAU if observe else _threshold(options["tau"])
     for name in RENAMED:
-        options[name] = _names(options[name])
+        options[name] = names(options[name])
     return GradESConfig(**options)
 
 
@@ -185,7 +263,7 @@ def _hint(name: str, known: Mapping[str, Any], prefix: str = "") -> str:
     return f" Did you mean {prefix}{close[0]}?" if close else " --help lists them all."
 
 
-def _names(text: str | None) -> list[str] | str | None:
+def names(text: str | None) -> list[str] | str | None:
     """A list of names written as JSON, or a name or regular expression as it is."""
     if text is not None and text.startswith("["):
         try:

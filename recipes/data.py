@@ -8,6 +8,7 @@ import logging
 import random
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,37 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"task={name!r} is unknown; use one of {', '.join(TASKS)}.")
     return TASKS[name]
+
+
+def find_tasks(names: Sequence[str]) -> list[Task]:
+    """Several benchmarks by name.
+
+    Raises:
+        ValueError: there is none of a name, a name comes twice, or there are no names.
+    """
+    tasks = [find_task(name) for name in names]
+    if not tasks or len(set(names)) < len(names):
+        raise ValueError(f"task={','.join(names)!r} must name each benchmark once; use some of {', '.join(TASKS)}.")
+    return tasks
+
+
+def mixed(tasks: Sequence[Task]) -> Task:
+    """Several benchmarks as one, whose rows are those that `mark` makes; a single one as it is."""
+    if len(tasks) == 1:
+        return tasks[0]
+    return Task(
+        name="+".join(task.name for task in tasks),
+        hub=("", None),
+        columns=("task", "row"),
+        prompt=lambda row: TASKS[row["task"]].prompt(row["row"]),
+        choices=lambda row: TASKS[row["task"]].choices(row["row"]),
+        answer=lambda row: TASKS[row["task"]].answer(row["row"]),
+    )
+
+
+def mark(task: Task, rows: Rows) -> Rows:
+    """The rows of one benchmark among those of others."""
+    return [{"task": task.name, "row": row} for row in rows]
 
 
 def load_split(task: Task, split: str, data_dir: str | None = None) -> Split:

@@ -1,4 +1,4 @@
-"""Accuracy on a benchmark through lm-evaluation-harness, in the very prompts that training uses.
+"""Accuracy on a benchmark through lm-evaluation-harness, in the very prompts that training uses; or the loss there.
 
 From the command line, for a saved run (adapter or full model) or any other model:
 
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from peft import PeftConfig, PeftModel
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, HfArgumentParser, PreTrainedTokenizerBase
 
 from recipes.console import configure_logging
 from recipes.data import evaluation_rows, find_task, load_split
@@ -98,6 +98,56 @@ def evaluate(
     accuracy = {name: float(scores[f"{name},none"]) for name in METRICS}
     stderr = {f"{name}_stderr": float(scores[f"{name}_stderr,none"]) for name in METRICS}
     return {**accuracy, **stderr, "rows": len(rows)}
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict[str, list[int]]],
+    batch_size: int,
+) -> dict[str, float]:
+    """The mean loss (in nats) of all tokens that have a label.
+
+    Args:
+        model: Causal language model, left in the mode (train or eval) it was in.
+        tokenizer: What pads.
+        examples: What `recipes.examples.encode` makes of the rows.
+        batch_size: Examples at a time.
+
+    Returns:
+        `loss`, `tokens` and `rows`.
+    """
+    training = model.training
+    model.eval()
+    collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    for start in range(0, len(examples), batch_size):
+        batch = collate([dict(example) for example in examples[start : start + batch_size]])
+        labels = batch.pop("labels")[:, 1:].to(device)
+        logits = model(**{name: value.to(device) for name, value in batch.items()}).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        total, tokens = total + losses.double().item(), tokens + int((labels != -100).sum())
+    model.train(training)
+    return {"loss": total / tokens, "tokens": tokens, "rows": len(examples)}
+
+
+def mean_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The scores of one benchmark as they are; of several their means, with each benchmark's own under `tasks`."""
+    if len(scores) == 1:
+        return dict(next(iter(scores.values())))
+    parts = list(scores.values())
+    result: dict[str, Any] = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if name in ("rows", "tokens"):
+            result[name] = sum(values)
+        elif name.endswith("_stderr"):  # of the mean of independent estimates
+            result[name] = sum(value**2 for value in values) ** 0.5 / len(values)
+        else:
+            result[name] = sum(values) / len(values)
+    return {**result, "tasks": {name: dict(part) for name, part in scores.items()}}
 
 
 def load(

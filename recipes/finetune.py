@@ -1,7 +1,10 @@
-"""Fine-tune a causal language model on a benchmark, with GradES deciding when each weight matrix has learned enough.
+"""Fine-tune a causal language model on benchmarks, with GradES deciding when each weight matrix has learned enough.
 
     accelerate launch recipes/finetune.py --config recipes/configs/quickstart.yaml [--argument value ...]
     python recipes/finetune.py --help
+
+`--arm` trains in one of the other ways that GradES is compared with (`recipes/arms.py`), `--observe` records a run
+without freezing, `--dry_run` shows in seconds whether everything fits together.
 
 Everything that can be refused is refused before the model is loaded, and before anything is written. What a run leaves
 in `output_dir`: the adapter or model with its tokenizer, `grades_history.json`, `results.json` (all numbers),
@@ -17,6 +20,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +30,32 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: CPU threads
 
 import datasets
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
 from rich.table import Table
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import IntervalStrategy
+from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from grades_hf import GradESConfig, GradESTrainer, History, find_components
+from grades_hf import GradESConfig, History, find_components
 from grades_hf.criterion import assign_thresholds
 from grades_hf.report import plot_run, summarize, table_rows, to_markdown
 from recipes.arguments import (
+    ArmArguments,
     DataArguments,
     EvaluationArguments,
     GradESArguments,
     ModelArguments,
     grades_config,
+    names,
     parse,
 )
+from recipes.arms import ArmTrainer, GradESArmTrainer, make_trainer, peer_summary, set_up, unfinished
 from recipes.console import configure_logging, use_all_cores
-from recipes.data import Rows, evaluation_rows, find_task, load_split, training_rows
-from recipes.evaluate import evaluate
+from recipes.costs import costs
+from recipes.data import Rows, Split, evaluation_rows, find_tasks, load_split, mark, mixed, training_rows
+from recipes.dry_run import write_small_model
+from recipes.evaluate import evaluate, held_out_loss, mean_scores
 from recipes.examples import encode
 from recipes.flops import FlopCounterCallback, compute
 from recipes.models import load_model, load_tokenizer, locate_model
@@ -59,22 +68,40 @@ logger = logging.getLogger("recipes.finetune")
 class Plan:
     """A run whose arguments, files and data have been checked: nothing is loaded or written yet.
 
-    `train`, `holdout` and `test` are rows to train on, to evaluate on during training, and to measure the accuracy on;
-    `location` is what `from_pretrained` takes; `sources` says where model and rows come from.
+    `task` is the benchmark, or the mixture of several; `train` and `holdout` are its rows to train on and to evaluate
+    on during training, `tests` the rows of each benchmark to measure the quality on. `location` is what
+    `from_pretrained` takes; `sources` says where model and rows come from.
     """
 
     model: ModelArguments
     data: DataArguments
     evaluation: EvaluationArguments
     training: TrainingArguments
+    freezing: Any
+    arms: ArmArguments
+    arm: str
     grades: GradESConfig | None
     task: Task
     train: Rows
     holdout: Rows
-    test: Rows
+    tests: dict[str, Rows]
     location: str
     sources: dict[str, str]
     output: Path
+
+    @property
+    def test(self) -> Rows:
+        """The rows to measure the quality on, of the only benchmark.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if len(self.tests) > 1:
+            raise ValueError(f"task={self.data.task!r} names several benchmarks; pass one.")
+        return next(iter(self.tests.values()))
+
+
+DRY_STEPS, DRY_ROWS, DRY_TOKENS = 2, 8, 64
 
 
 def prepare(argv: list[str], checkpoint_file: str = "trainer_state.json") -> Plan:
@@ -87,11 +114,17 @@ def prepare(argv: list[str], checkpoint_file: str = "trainer_state.json") -> Pla
     Raises:
         ValueError: anything that cannot work; names the argument, its value and the remedy.
     """
-    types = (ModelArguments, DataArguments, GradESArguments, EvaluationArguments, TrainingArguments)
-    model, data, freezing, evaluation, training = parse(types, argv, description=(__doc__ or "").split("\n\n")[0])
-    grades = grades_config(freezing)
-    if model.method == "lora":
-        model.lora_config()
+    types = (ModelArguments, DataArguments, GradESArguments, EvaluationArguments, ArmArguments, TrainingArguments)
+    if "--dry_run" in argv and not torch.accelerator.is_available():
+        argv = [*argv, "--use_cpu", "true"]  # else transformers refuses bf16
+    parsed = parse(types, argv, description=(__doc__ or "").split("\n\n")[0])
+    model, data, freezing, evaluation, arms, training = parsed
+    arm = arms.name(freezing.grades)
+    grades = grades_config(freezing, observe=arms.observe) if arm == "grades" else None
+    model.check()
+    if arms.dry_run:
+        _shorten(data, training)
+    set_up(arm, arms, training, data.holdout_samples)
     output = Path(training.output_dir)
     _check_output_dir(output)
     resume = training.resume_from_checkpoint
@@ -112,28 +145,55 @@ def prepare(argv: list[str], checkpoint_file: str = "trainer_state.json") -> Pla
             f"train_split and eval_split are both {data.train_split!r}; the accuracy must be measured on other rows "
             "than those that are trained on."
         )
-    task = find_task(data.task)
-    train_split = load_split(task, data.train_split, data.data_dir)
-    test_split = load_split(task, evaluation.eval_split, data.data_dir)
-    test = evaluation_rows(test_split, evaluation.eval_samples)
+    listed = names(data.task) or ""
+    tasks = find_tasks(listed if isinstance(listed, list) else [name.strip() for name in listed.split(",")])
+    train_splits = [load_split(task, data.train_split, data.data_dir) for task in tasks]
+    test_splits = [load_split(task, evaluation.eval_split, data.data_dir) for task in tasks]
+    if arms.dry_run:
+        evaluation.eval_samples = min(DRY_ROWS, *(len(split.rows) for split in test_splits))
+    tests = {
+        task.name: evaluation_rows(split, evaluation.eval_samples)
+        for task, split in zip(tasks, test_splits, strict=True)
+    }
     seed = training.seed if training.data_seed is None else training.data_seed
     wanted = None if data.train_samples is None else data.train_samples + data.holdout_samples
-    rows = training_rows(task, train_split, test_split, wanted, seed)
+    train_split, test_split = (_together(tasks, splits) for splits in (train_splits, test_splits))
+    rows = training_rows(mixed(tasks), train_split, test_split, wanted, seed)
     if not 0 <= data.holdout_samples < len(rows):
         raise ValueError(f"holdout_samples={data.holdout_samples} must be between 0 and {len(rows) - 1}.")
-    location, source = locate_model(model.model)
+    location, source = ("", f"random, small, shaped like {model.model}") if arms.dry_run else locate_model(model.model)
     return Plan(
-        model, data, evaluation, training, grades, task,
+        model, data, evaluation, training, freezing, arms, arm, grades, mixed(tasks),
         train=rows[data.holdout_samples :],
         holdout=rows[: data.holdout_samples],
-        test=test,
+        tests=tests,
         location=location,
         sources={"model": source, "training rows": train_split.source, "evaluation rows": test_split.source},
         output=output,
     )  # fmt: skip
 
 
-def build(plan: Plan) -> Trainer:
+def _together(tasks: list[Task], splits: list[Split]) -> Split:
+    """The same split of several benchmarks as one, for `mixed(tasks)`."""
+    if len(tasks) == 1:
+        return splits[0]
+    rows = [row for task, split in zip(tasks, splits, strict=True) for row in mark(task, split.rows)]
+    return Split(rows, ", ".join(split.source for split in splits))
+
+
+def _shorten(data: DataArguments, training: TrainingArguments) -> None:
+    """The arguments of a dry run: two steps on a few short rows, in a directory of its own, nothing reported."""
+    training.output_dir = str(Path(training.output_dir) / "dry_run")
+    training.max_steps, training.logging_steps = DRY_STEPS, 1
+    training.save_strategy, training.report_to = SaveStrategy.NO, []
+    training.per_device_train_batch_size = min(training.per_device_train_batch_size, 2)
+    training.per_device_eval_batch_size = min(training.per_device_eval_batch_size, 2)
+    training.gradient_accumulation_steps = min(training.gradient_accumulation_steps, 2)
+    data.max_length, data.train_samples = min(data.max_length, DRY_TOKENS), DRY_ROWS
+    data.holdout_samples = min(data.holdout_samples, DRY_ROWS)
+
+
+def build(plan: Plan) -> ArmTrainer | GradESArmTrainer:
     """Load the model and set up its trainer.
 
     Raises:
@@ -141,11 +201,16 @@ def build(plan: Plan) -> Trainer:
     """
     for what, source in plan.sources.items():
         logger.info("%s: %s", what, source)
+    if plan.arms.dry_run:
+        texts = [part for row in plan.train for part in (plan.task.prompt(row), *plan.task.choices(row))]
+        plan.location = write_small_model(plan.model.model, texts, plan.model.dtype, plan.output / "model")
     tokenizer = load_tokenizer(plan.location)
-    train = encode(plan.task, plan.train, tokenizer, plan.data.max_length)
-    holdout = encode(plan.task, plan.holdout, tokenizer, plan.data.max_length)
-    model: Any = load_model(plan.location, plan.model.dtype)
+    train = encode(plan.task, plan.train, tokenizer, plan.data.max_length, plan.data.objective)
+    holdout = encode(plan.task, plan.holdout, tokenizer, plan.data.max_length, plan.data.objective)
+    model: Any = load_model(plan.location, plan.model.dtype, plan.model.load_in_4bit)
     set_seed(plan.training.seed)
+    if plan.model.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=plan.training.gradient_checkpointing)
     if plan.model.method == "lora":
         model = get_peft_model(model, plan.model.lora_config())
     if plan.grades is not None:  # its thresholds fit this model: better refused now than after the first evaluation
@@ -161,23 +226,27 @@ def build(plan: Plan) -> Trainer:
         "data_collator": DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
         "processing_class": tokenizer,
     }
-    if plan.grades is None:
-        return Trainer(**options, callbacks=[FlopCounterCallback()])
-    return GradESTrainer(**options, grades=plan.grades)
+    trainer = make_trainer(plan.arm, options, plan.arms, plan.grades, plan.freezing)
+    if plan.training.resume_from_checkpoint is not None:
+        steps = plan.training.max_steps if plan.training.max_steps > 0 else trainer.planned_steps
+        plan.training.resume_from_checkpoint = _resumable(plan, steps)
+    return trainer
 
 
-def run(plan: Plan, trainer: Trainer) -> dict[str, Any]:
+def run(plan: Plan, trainer: ArmTrainer | GradESArmTrainer) -> dict[str, Any]:
     """Evaluate, train, evaluate, report; returns what `results.json` holds."""
     model: Any = trainer.model
     tokenizer: Any = trainer.processing_class
     output = plan.output
     seconds = {"training": 0.0, "evaluation": 0.0}
-    scores: dict[str, Any] = {"task": plan.task.name, "rows": len(plan.test)}
+    number = sum(len(rows) for rows in plan.tests.values())
+    scores: dict[str, Any] = {"task": plan.task.name, "rows": number}
 
     def measure(when: str) -> None:
-        logger.info("Accuracy %s training, on %d rows of %s:", when, len(plan.test), plan.task.name)
+        what = plan.evaluation.measure.capitalize()
+        logger.info("%s %s training, on %d rows of %s:", what, when, number, plan.task.name)
         started = time.perf_counter()
-        scores[when] = evaluate(model, tokenizer, plan.task.name, plan.test, plan.training.per_device_eval_batch_size)
+        scores[when] = mean_scores({name: _quality(plan, model, tokenizer, name) for name in plan.tests})
         seconds["evaluation"] += time.perf_counter() - started
 
     main_process = plan.training.process_index == 0
@@ -191,9 +260,8 @@ def run(plan: Plan, trainer: Trainer) -> dict[str, Any]:
         _write_json(output / "results.json", {"evaluation": scores})
 
     set_seed(plan.training.seed)
-    started = time.perf_counter()
     trainer.train(resume_from_checkpoint=plan.training.resume_from_checkpoint)
-    seconds["training"] = time.perf_counter() - started
+    seconds |= trainer.clock.split()
     trainer.save_model()
     trainer.save_state()
     results: dict[str, Any] = {}
@@ -204,21 +272,33 @@ def run(plan: Plan, trainer: Trainer) -> dict[str, Any]:
     return results
 
 
+def _quality(plan: Plan, model: Any, tokenizer: Any, task: str) -> dict[str, float]:
+    """Accuracy or loss on the rows of one benchmark."""
+    rows, batch_size = plan.tests[task], plan.training.per_device_eval_batch_size
+    if plan.evaluation.measure == "accuracy":
+        return evaluate(model, tokenizer, task, rows, batch_size)
+    examples = encode(find_tasks([task])[0], rows, tokenizer, plan.data.max_length, plan.data.objective)
+    return held_out_loss(model, tokenizer, examples, batch_size)
+
+
 def _report(
     plan: Plan,
-    trainer: Trainer,
+    trainer: ArmTrainer | GradESArmTrainer,
     scores: dict[str, Any],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Write results.json, summary.md and grades.png, and print the table."""
     output = plan.output
-    steps = {"steps_run": trainer.state.global_step, "steps_planned": trainer.state.max_steps}
-    if isinstance(trainer, GradESTrainer):
+    steps = {"steps_run": trainer.state.global_step, "steps_planned": trainer.planned_steps}
+    if isinstance(trainer, GradESArmTrainer):
         engine = trainer.grades_callback.engine
         meter = engine.meter if engine is not None else None
     else:
         meter = next(c.meter for c in trainer.callback_handler.callbacks if isinstance(c, FlopCounterCallback))
-    extras = {"evaluation": scores, "seconds": seconds, "compute": compute(meter, steps["steps_planned"])}
+    used = compute(meter, trainer.planned_steps)
+    if trainer.clock.validations and trainer.clock.flops is not None:
+        used["validation"] = float(trainer.clock.flops * trainer.clock.validations)
+    extras = {"evaluation": scores, "seconds": seconds, "compute": used}
     files = ["summary.md", "results.json"]
     if plan.grades is None:
         results = {**steps, **extras}
@@ -227,10 +307,15 @@ def _report(
         results = summarize(history, steps_run=steps["steps_run"], **extras)
         plot_run(history, output / "grades.png")
         files += ["grades_history.json", "grades.png"]
+    if plan.arm == "peer":
+        results |= peer_summary(output)
+    if plan.arms.observe and meter is not None:
+        results["costs"] = costs(meter, trainer.model)
     results["sources"] = plan.sources
-    results["seed"] = plan.training.seed
+    results["seed"], results["arm"], results["method"] = plan.training.seed, plan.arm, plan.model.method
     _write_json(output / "results.json", results)
-    title = f"{plan.model.model}, {plan.model.method}, {'GradES, ' if plan.grades else ''}{plan.task.name}"
+    arm = "observed" if plan.arms.observe else {"grades": "GradES"}.get(plan.arm, plan.arm)
+    title = ", ".join([plan.model.model, plan.model.method, *([] if plan.arm == "none" else [arm]), plan.task.name])
     (output / "summary.md").write_text(to_markdown(results, title, notes=plan.sources), encoding="utf-8")
 
     table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
@@ -244,8 +329,29 @@ def _report(
     return results
 
 
-def newest_checkpoint(output: Path) -> Path:
+def _resumable(plan: Plan, steps: int) -> str | None:
+    """The checkpoint to resume from: the one that was chosen, or where it is the end of its run, an earlier one.
+
+    The run was interrupted after its last step, then, and takes the last steps again; from the beginning (None) if
+    there is no earlier checkpoint. A run that GradES has ended is resumed at its end, and takes no step.
+    """
+    chosen = Path(str(plan.training.resume_from_checkpoint))
+    state = json.loads((chosen / "trainer_state.json").read_text(encoding="utf-8"))
+    if unfinished(state, steps):
+        return str(chosen)
+    try:
+        return str(newest_checkpoint(chosen.parent, lambda state: unfinished(state, steps)))
+    except ValueError:
+        logger.info("%s is the end of its run, without an earlier checkpoint: training from the beginning.", chosen)
+        return None
+
+
+def newest_checkpoint(output: Path, usable: Callable[[dict[str, Any]], bool] = lambda state: True) -> Path:
     """The newest complete checkpoint in `output`; Trainer itself takes the newest, which a crash may have cut off.
+
+    Args:
+        output: A run's directory.
+        usable: Told the content of its trainer_state.json, whether a checkpoint will do.
 
     Raises:
         ValueError: there is none.
@@ -254,9 +360,11 @@ def newest_checkpoint(output: Path) -> Path:
     numbered = {path: int(number) for path, number in checkpoints.items() if number.isdecimal()}
     for path in sorted(numbered, key=lambda path: -numbered[path]):
         try:  # Trainer writes this file last
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
             logger.warning("%s is incomplete (the run ended while it was written) and passed over.", path)
+            continue
+        if not usable(state):
             continue
         logger.info("Resuming from %s.", path)
         return path
@@ -291,7 +399,10 @@ def _earlier_scores(output: Path, scores: dict[str, Any]) -> dict[str, float] | 
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """The old file or the new one is there, never half of one."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def main(argv: list[str] | None = None) -> None:

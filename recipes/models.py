@@ -13,6 +13,7 @@ from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -98,9 +99,21 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(location: str, dtype: str = "auto") -> PreTrainedModel:
-    """The causal language model, with weights in `dtype` ("auto": as they were saved)."""
-    model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+def load_model(location: str, dtype: str = "auto", load_in_4bit: bool = False) -> PreTrainedModel:
+    """The causal language model, with weights in `dtype` ("auto": as they were saved).
+
+    With `load_in_4bit` its linear layers but the LM head are held in 4 bits (NF4, with the scales quantized, too) and
+    multiplied in `dtype` ("auto": bfloat16).
+    """
+    quantization = None
+    if load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+        )
+    model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, quantization_config=quantization)
     model.config.use_cache = False
     return model
 

@@ -2,8 +2,8 @@
 
     accelerate launch recipes/no_trainer.py --config recipes/configs/quickstart.yaml [--argument value ...]
 
-Arguments and result are those of `finetune.py`: the same weights, the same matrices frozen at the same steps. A training
-argument that this loop does not know is refused. What a run leaves in `output_dir`: the adapter or model with its
+Arguments and result are those of `finetune.py`: the same weights, the same matrices frozen at the same steps. Training
+arguments that this loop does not know are refused. What a run leaves in `output_dir`: the adapter or model with its
 tokenizer, `grades_history.json` and `results.json`.
 """
 
@@ -65,6 +65,13 @@ def prepare(argv: list[str]) -> finetune.Plan:
             raise ValueError(f"{option.name}={value!r}: no_trainer.py does not know that argument; use finetune.py.")
     if plan.grades is None:
         raise ValueError("grades=False: this loop has the engine built in; use finetune.py to train without it.")
+    unknown = {
+        "dry_run": plan.arms.dry_run, "load_in_4bit": plan.model.load_in_4bit,
+        "objective": plan.data.objective != "answer", "measure": plan.evaluation.measure != "accuracy",
+        "task": len(plan.tests) > 1,
+    }  # fmt: skip
+    for name in (name for name, used in unknown.items() if used):
+        raise ValueError(f"{name}: no_trainer.py does not know that value of it; use finetune.py.")
     if args.save_strategy not in ("no", "steps") or args.resume_from_checkpoint is True:
         raise ValueError(
             f"save_strategy={args.save_strategy.value!r}, resume_from_checkpoint={args.resume_from_checkpoint!r}: "

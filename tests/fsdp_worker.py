@@ -89,7 +89,10 @@ class Case:
         )
         if self.method == "lora":
             torch.manual_seed(1)
-            model = get_peft_model(model, LoraConfig(r=1, target_modules="all-linear", init_lora_weights=False))
+            model = get_peft_model(model, LoraConfig(r=1, target_modules="all-linear"))
+            for name, parameter in model.named_parameters():  # else only half of the gradients are not zero at first
+                if "lora_B" in name:
+                    nn.init.normal_(parameter, std=0.02)
         return model.train()
 
     def sharded(self) -> nn.Module:
@@ -205,7 +208,7 @@ def run(case: Case, output: Path) -> dict[str, Any]:
                 report["wrong"].append("saving fills the optimizer's state")
     report |= {
         "frozen": engine.frozen,
-        "values": engine.history.values,
+        "values": {name: list(map(float, series)) for name, series in engine.history.values.items()},
         "weights": {name: whole(p) for name, p in plain_names(model)},
         "empty": sum(p.to_local().numel() == 0 for c in engine.components for p in c.measured),
     }
@@ -304,7 +307,7 @@ def run_trainer(case: TrainerCase, output: Path) -> dict[str, Any]:
     assert isinstance(trainer.model, FSDPModule)
     return {
         "frozen": callback.engine.frozen,
-        "values": callback.engine.history.values,
+        "values": {name: list(map(float, series)) for name, series in callback.engine.history.values.items()},
         "weights": {name: whole(parameter) for name, parameter in plain_names(trainer.model)},
     }
 

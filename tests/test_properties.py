@@ -14,15 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from hypothesis import assume, given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 from grades_hf import GradESConfig
 from tests import reference, toy
 
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-LEARNING_RATES = {"adamw": 1e-2, "adamw fused": 1e-2, "sgd": 1e-1, "adafactor": 1e-2}
+SETTINGS = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+LEARNING_RATES = {"adamw": 1e-2, "adamw fused": 1e-2, "sgd": 1e-2, "adafactor": 1e-2}
 MOMENTS = ("before forward", "before backward", "before clipping", "before the update")
 SWITCHES = ("", *(f"{name} {moment}" for name in ("disable", "set") for moment in MOMENTS))
 
@@ -66,17 +66,21 @@ class Case:
         )
 
     def tau(self) -> float:
-        """Half way between two values of a run in which nothing freezes, so that rounding decides nothing."""
+        """Half way between two values of a run in which nothing freezes, so that rounding decides nothing.
+
+        Raises:
+            LookupError: the values are too close to each other, or there are none.
+        """
         values = sorted(value for series in self.reference(0.0).values.values() for value in series.values())
-        assume(len(values) > 1)
         index = min(int(self.part * len(values)), len(values) - 2)
-        assume(values[index + 1] - values[index] > 1e-6 * values[index + 1])
+        if len(values) < 2 or values[index + 1] - values[index] <= 1e-6 * values[index + 1]:
+            raise LookupError("no threshold")
         return (values[index] + values[index + 1]) / 2
 
     def config(self, tau: float, **options: Any) -> GradESConfig:
         return GradESConfig(
             tau=tau, alpha=self.alpha, monitor=self.monitor, reduction=self.reduction, patience=self.patience,
-            check_every=self.check_every, max_frozen_fraction=self.fraction, **options,
+            check_every=self.check_every, max_frozen_fraction=self.fraction, count_flops=False, **options,
         )  # fmt: skip
 
 
@@ -99,6 +103,13 @@ CASES = st.builds(
 RESUMES = st.frozensets(st.integers(1, toy.STEPS - 1), max_size=3)
 
 
+def threshold(case: Case) -> float:
+    try:
+        return case.tau()
+    except LookupError:
+        reject()
+
+
 def assert_equal(run: toy.Run, outcome: reference.Outcome, tolerance: float = 0.0) -> None:
     assert run.moved == []
     assert run.engine.frozen == outcome.frozen
@@ -111,7 +122,7 @@ def assert_equal(run: toy.Run, outcome: reference.Outcome, tolerance: float = 0.
 @given(case=CASES, resume_after=RESUMES, set_to_none=st.booleans(), switches=st.lists(st.sampled_from(SWITCHES)))
 def test_any_run_equals_algorithm_1(case, resume_after, set_to_none, switches):
     """Resumed any number of times, with adapters switched at any moment."""
-    tau = case.tau()
+    tau = threshold(case)
     run = toy.train(
         case.kind, case.config(tau), case.steps, case.optimizer, max_grad_norm=case.max_grad_norm,
         set_to_none=set_to_none, resume_after=resume_after,
@@ -127,7 +138,7 @@ def test_the_cases_freeze_some_and_resume_between():
     @SETTINGS
     @given(case=CASES)
     def collect(case):
-        frozen.append(set(case.reference(case.tau()).frozen.values()))
+        frozen.append(set(case.reference(threshold(case)).frozen.values()))
 
     collect()
     assert sum(bool(steps) for steps in frozen) > len(frozen) / 2
@@ -137,7 +148,7 @@ def test_the_cases_freeze_some_and_resume_between():
 @SETTINGS
 @given(case=CASES, order=st.permutations(toy.MATRICES))
 def test_the_order_of_components_does_not_matter(case, order):
-    config = case.config(case.tau())
+    config = case.config(threshold(case))
     runs = [
         toy.train(case.kind, config, case.steps, case.optimizer, order=o, max_grad_norm=case.max_grad_norm)
         for o in (toy.MATRICES, order)
@@ -152,7 +163,7 @@ def test_the_order_of_components_does_not_matter(case, order):
 @given(case=CASES)
 def test_8_rows_equal_4_times_2(case):
     case = dataclasses.replace(case, uses=())
-    tau = case.tau()
+    tau = threshold(case)
     outcomes = []
     for accumulation in (1, 4):
         own = dataclasses.replace(case, accumulation=accumulation)
@@ -169,7 +180,7 @@ def test_8_rows_equal_4_times_2(case):
 def test_freeze_prefix_and_sample_size(case, resume_after, sample_size):
     """No other run to compare with but the uninterrupted one; as long as no prefix is frozen, the one without them."""
     case = dataclasses.replace(case, uses=())
-    tau = case.tau()
+    tau = threshold(case)
     config = case.config(tau, freeze_prefix=True, sample_size=sample_size)
     runs = [
         toy.train(
@@ -193,7 +204,7 @@ def test_freeze_prefix_and_sample_size(case, resume_after, sample_size):
 @given(case=CASES, resume_after=RESUMES, switches=st.lists(st.sampled_from(SWITCHES)))
 def test_merged_adapters_equal_algorithm_1(case, resume_after, switches):
     case = dataclasses.replace(case, kind="lora")
-    tau = case.tau()
+    tau = threshold(case)
     run = toy.train(
         "lora", case.config(tau, merge_frozen_adapters=True), case.steps, case.optimizer,
         max_grad_norm=case.max_grad_norm, resume_after=resume_after, switches=tuple(switches) or ("",),
@@ -238,7 +249,7 @@ def two_ranks(rank: int, folder: str) -> None:
 
 
 def wrap(model: torch.nn.Module) -> DistributedDataParallel:
-    """DDP waits for every parameter that requires a gradient, and DDP over PEFT's wrapper must not find unused ones."""
+    """Module-level, for it goes to other processes."""
     return DistributedDataParallel(model)
 
 

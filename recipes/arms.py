@@ -1,0 +1,253 @@
+"""The ways of training that are compared, one flag: `--arm`. Each with the same rows, model and seed.
+
+* `grades`: GradES with any of its options. `--observe` freezes nothing and records.
+* `none`: all T steps, nothing frozen.
+* `es`: early stopping as in the paper: validation every 5 % of the steps on training rows that are set aside
+  (`holdout_samples`), ended by the third one in a row that does not lower the best loss by more than 0.0005. At the end
+  the weights of the lowest validation loss (the paper does not say; `--restore_best false`: the last ones).
+* `stop`: the schedule of T steps, ended after ceil(alpha T) of them: what GradES is if all freezes at once.
+* `short`: a schedule of ceil(alpha T) steps.
+* `peer`: the PyPI package `grades`, with `peer_tau`, `alpha`, `check_every` and `max_frozen_fraction`. A resume loses
+  what it has frozen, so it cannot be resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from grades_hf import GradESConfig, GradESTrainer
+from grades_hf.criterion import grace_steps
+from grades_hf.flops import FlopCounter
+from recipes.arguments import ArmArguments
+from recipes.flops import FlopCounterCallback
+
+logger = logging.getLogger(__name__)
+
+# Early stopping in the paper.
+VALIDATE_EVERY, MIN_DELTA, PATIENCE = 0.05, 0.0005, 3
+
+
+def set_up(arm: str, arguments: ArmArguments, training: TrainingArguments, holdout_samples: int) -> None:
+    """Change the training arguments to what an arm needs.
+
+    Raises:
+        ValueError: the arm cannot work with these arguments, or on this machine.
+    """
+    if arm == "es":
+        if holdout_samples < 1:
+            raise ValueError(
+                "arm='es' needs rows to validate on: set holdout_samples, the number of training rows to set aside."
+            )
+        training.eval_strategy, training.eval_steps = IntervalStrategy.STEPS, VALIDATE_EVERY
+        training.metric_for_best_model, training.greater_is_better = "eval_loss", False
+        training.restore_callback_states_from_checkpoint = True  # the number of validations without progress
+        if arguments.restore_best:
+            training.load_best_model_at_end = True
+            training.save_strategy, training.save_steps = SaveStrategy.STEPS, VALIDATE_EVERY
+            training.save_total_limit = training.save_total_limit or 1  # besides the best one
+    if arm == "peer":
+        if importlib.util.find_spec("grades") is None:
+            raise ValueError("arm='peer' needs the package grades: pip install 'grades-hf[benchmarks]'.")
+        if training.resume_from_checkpoint:
+            raise ValueError(
+                f"resume_from_checkpoint={training.resume_from_checkpoint!r}: arm='peer' cannot be resumed. The "
+                "package loses what it has frozen, and freezes everything at the next step. Start from the beginning."
+            )
+        training.save_strategy = SaveStrategy.NO
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Where the time of `train()` goes, and what validation computes; a resumed run goes on counting.
+
+    Attributes:
+        seconds: In `validation`, in `saving` checkpoints, and in `all`.
+        validations: How many there were.
+        flops: Of one of them, counted in the first: they are on the same rows. None: not counted so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = {"all": 0.0, "validation": 0.0, "saving": 0.0}
+        self.validations = 0
+        self.flops: int | None = None
+        self._mark = self._since = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """For trainer_state.json."""
+        self._pass_time()
+        counts = {"seconds": dict(self.seconds), "validations": self.validations, "flops": self.flops}
+        return {"args": {}, "attributes": {"counts": counts}}
+
+    def split(self) -> dict[str, float]:
+        """Seconds of training, and of validation and saving where there was any."""
+        parts = {name: self.seconds[name] for name in ("validation", "saving") if self.seconds[name]}
+        return {"training": self.seconds["all"] - sum(parts.values()), **parts}
+
+    @contextlib.contextmanager
+    def validation(self, count: bool) -> Iterator[None]:
+        """Around one validation; `count`: whether its FLOPs can be counted."""
+        started = time.perf_counter()
+        with FlopCounter() if count and self.flops is None else contextlib.nullcontext() as counter:
+            yield
+        if counter is not None:
+            self.flops = counter.total
+        self.validations += 1
+        self._mark = time.perf_counter()
+        self.seconds["validation"] += self._mark - started
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        callbacks: Any = state.stateful_callbacks  # a dict at this point, whatever its annotation says
+        counts = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("counts")
+        self.__init__()  # type: ignore[misc]
+        if state.global_step and counts is not None:
+            self.seconds, self.validations = dict(counts["seconds"]), counts["validations"]
+            self.flops = counts["flops"]
+        self._mark = self._since = time.perf_counter()
+        callbacks[type(self).__name__] = self.state()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._mark = time.perf_counter()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._mark = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds["saving"] += time.perf_counter() - self._mark
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._pass_time()
+
+    def _pass_time(self) -> None:
+        now = time.perf_counter()
+        if self._since:
+            self.seconds["all"] += now - self._since
+            self._since = now
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class ArmMixin(_Base):
+    """What all arms have in common.
+
+    Attributes:
+        planned_steps: T, the steps of the whole run; set by `make_trainer`.
+        whole_schedule: Whether the learning rate follows the schedule of T steps, however many are made.
+    """
+
+    planned_steps: int
+    whole_schedule = False
+
+    @property
+    def clock(self) -> Clock:
+        """The clock at work (Trainer replaces callbacks that it restores from a checkpoint)."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Clock))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.clock.validation(count=not self.args.torch_compile):
+            return super().evaluate(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        steps = self.planned_steps if self.whole_schedule else num_training_steps
+        return super().create_scheduler(steps, *args, **kwargs)
+
+
+class ArmTrainer(ArmMixin, Trainer):
+    """Every arm but `grades`."""
+
+
+class GradESArmTrainer(ArmMixin, GradESTrainer):
+    """The arm `grades`."""
+
+
+def make_trainer(
+    arm: str, options: Mapping[str, Any], arguments: ArmArguments, grades: GradESConfig | None, freezing: Any
+) -> ArmTrainer | GradESArmTrainer:
+    """The trainer of an arm.
+
+    Args:
+        arm: Its name.
+        options: Trainer's own arguments.
+        arguments: The arms' arguments.
+        grades: GradES's options for the arm `grades`, else None.
+        freezing: GradESArguments, of which other arms take `alpha`, too.
+
+    Raises:
+        ValueError: an option that does not fit.
+    """
+    training = options["args"]
+    trainer: ArmTrainer | GradESArmTrainer
+    if grades is not None:
+        trainer = GradESArmTrainer(**options, grades=grades, callbacks=[Clock()])
+    else:
+        callbacks: list[TrainerCallback] = [FlopCounterCallback(), Clock()]
+        if arm == "es":
+            callbacks.append(EarlyStoppingCallback(PATIENCE, MIN_DELTA))
+        if arm == "peer":
+            callbacks.append(peer_callback(arguments, freezing, training.output_dir))
+        trainer = ArmTrainer(**options, callbacks=callbacks)
+    *_, trainer.planned_steps = trainer.set_initial_training_values(training, trainer.get_train_dataloader())
+    if arm in ("stop", "short"):
+        training.max_steps = grace_steps(freezing.alpha, trainer.planned_steps)
+        if training.max_steps < 1:
+            raise ValueError(f"alpha={freezing.alpha} leaves arm={arm!r} no step; pass a larger one.")
+        trainer.whole_schedule = arm == "stop"
+    return trainer
+
+
+def peer_callback(arguments: ArmArguments, freezing: Any, output_dir: str) -> TrainerCallback:
+    """The callback of the package `grades`, with as many of our options as it has."""
+    from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
+
+    return GradEarlyStoppingCallback(  # type: ignore[no-any-return]
+        GradEarlyStoppingConfig(
+            tau=arguments.peer_tau,
+            alpha=freezing.alpha,
+            max_frozen_ratio=freezing.max_frozen_fraction,
+            compute_interval=freezing.check_every,
+            save_freezing_history=True,
+            output_dir=output_dir,
+        )
+    )
+
+
+def unfinished(checkpoint: Mapping[str, Any], steps: int) -> bool:
+    """Whether a run of `steps` steps has steps left after a checkpoint, by its trainer_state.json.
+
+    Trainer itself takes one more step when it resumes from the end of a run.
+    """
+    saved = checkpoint.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
+    stopped = saved is not None and saved["attributes"]["early_stopping_patience_counter"] >= PATIENCE
+    return int(checkpoint["global_step"]) < steps and not stopped
+
+
+def peer_summary(output: Path) -> dict[str, Any]:
+    """What the package `grades` says that it froze, from the file that it leaves in the run's directory."""
+    summary = json.loads((output / "dynamic_freezing_history.json").read_text(encoding="utf-8"))["summary"]
+    return {"components": summary["total_components"], "frozen": summary["final_frozen_count"]}
