@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from peft import LoraConfig
 from transformers import HfArgumentParser
@@ -66,6 +67,11 @@ class ModelArguments:
             )
         if self.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("load_in_4bit=True needs bitsandbytes: pip install 'grades-hf[bnb]'.")
+        if self.load_in_4bit and not torch.accelerator.is_available():
+            raise ValueError(
+                "load_in_4bit=True needs an accelerator: on a CPU, bitsandbytes 0.50 repacks the weights at the first "
+                "evaluation, and no gradient flows through them any more. Leave it out."
+            )
 
     def lora_config(self) -> LoraConfig:
         """The adapters as PEFT's config."""

@@ -45,7 +45,9 @@ logger = logging.getLogger(__name__)
 VALIDATE_EVERY, MIN_DELTA, PATIENCE = 0.05, 0.0005, 3
 
 
-def set_up(arm: str, arguments: ArmArguments, training: TrainingArguments, holdout_samples: int) -> None:
+def set_up(
+    arm: str, arguments: ArmArguments, training: TrainingArguments, *, alpha: float, holdout_samples: int
+) -> None:
     """Change the training arguments to what an arm needs.
 
     Raises:
@@ -63,6 +65,8 @@ def set_up(arm: str, arguments: ArmArguments, training: TrainingArguments, holdo
             training.load_best_model_at_end = True
             training.save_strategy, training.save_steps = SaveStrategy.STEPS, VALIDATE_EVERY
             training.save_total_limit = training.save_total_limit or 1  # besides the best one
+    if arm in ("stop", "short") and not 0 < alpha <= 1:
+        raise ValueError(f"alpha={alpha} must be a number in (0, 1]: the part of the steps that arm={arm!r} makes.")
     if arm == "peer":
         if importlib.util.find_spec("grades") is None:
             raise ValueError("arm='peer' needs the package grades: pip install 'grades-hf[benchmarks]'.")
@@ -215,8 +219,6 @@ def make_trainer(
     *_, trainer.planned_steps = trainer.set_initial_training_values(training, trainer.get_train_dataloader())
     if arm in ("stop", "short"):
         training.max_steps = grace_steps(freezing.alpha, trainer.planned_steps)
-        if training.max_steps < 1:
-            raise ValueError(f"alpha={freezing.alpha} leaves arm={arm!r} no step; pass a larger one.")
         trainer.whole_schedule = arm == "stop"
     return trainer
 
@@ -249,5 +251,10 @@ def unfinished(checkpoint: Mapping[str, Any], steps: int) -> bool:
 
 def peer_summary(output: Path) -> dict[str, Any]:
     """What the package `grades` says that it froze, from the file that it leaves in the run's directory."""
-    summary = json.loads((output / "dynamic_freezing_history.json").read_text(encoding="utf-8"))["summary"]
-    return {"components": summary["total_components"], "frozen": summary["final_frozen_count"]}
+    found = json.loads((output / "dynamic_freezing_history.json").read_text(encoding="utf-8"))
+    return {
+        "components": found["summary"]["total_components"],
+        "frozen": found["summary"]["final_frozen_count"],
+        "parameters": found["performance_metrics"]["total_parameters"],
+        "frozen_parameters": found["performance_metrics"]["frozen_parameters"],
+    }

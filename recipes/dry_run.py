@@ -23,7 +23,7 @@ from transformers import (
 
 from recipes.models import locate_model
 
-VOCABULARY, LAYERS, HEAD_DIM, MAX_LENGTH = 512, 2, 8, 512
+VOCABULARY, LAYERS, HEAD_DIM, MAX_LENGTH = 512, 2, 32, 512  # widths that 4-bit blocks of 64 divide
 
 # The models of the configs, by what of their config.json makes the architecture; of sizes width and heads.
 ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {

@@ -124,8 +124,8 @@ def prepare(argv: list[str], checkpoint_file: str = "trainer_state.json") -> Pla
     model.check()
     if arms.dry_run:
         _shorten(data, training)
-    set_up(arm, arms, training, data.holdout_samples)
-    output = Path(training.output_dir)
+    set_up(arm, arms, training, alpha=freezing.alpha, holdout_samples=data.holdout_samples)
+    output = Path(training.output_dir or "")
     _check_output_dir(output)
     resume = training.resume_from_checkpoint
     if resume is not None and resume.lower() in ("true", "false"):
@@ -183,7 +183,7 @@ def _together(tasks: list[Task], splits: list[Split]) -> Split:
 
 def _shorten(data: DataArguments, training: TrainingArguments) -> None:
     """The arguments of a dry run: two steps on a few short rows, in a directory of its own, nothing reported."""
-    training.output_dir = str(Path(training.output_dir) / "dry_run")
+    training.output_dir = str(Path(training.output_dir or "") / "dry_run")
     training.max_steps, training.logging_steps = DRY_STEPS, 1
     training.save_strategy, training.report_to = SaveStrategy.NO, []
     training.per_device_train_batch_size = min(training.per_device_train_batch_size, 2)
@@ -310,7 +310,8 @@ def _report(
     if plan.arm == "peer":
         results |= peer_summary(output)
     if plan.arms.observe and meter is not None:
-        results["costs"] = costs(meter, trainer.model)
+        model: Any = trainer.model
+        results["costs"] = costs(meter, model)
     results["sources"] = plan.sources
     results["seed"], results["arm"], results["method"] = plan.training.seed, plan.arm, plan.model.method
     _write_json(output / "results.json", results)

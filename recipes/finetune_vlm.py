@@ -190,9 +190,9 @@ def run(argv: list[str]) -> dict[str, Any]:
     types = (ModelArguments, VisionArguments, GradESArguments, TrainingArguments)
     model_arguments, data, freezing, training = parse(types, argv, description=(__doc__ or "").split("\n\n")[0])
     grades = grades_config(freezing)
-    model_arguments.check()
     if model_arguments.load_in_4bit:
         raise ValueError("load_in_4bit=True: finetune_vlm.py does not know that argument; leave it out.")
+    model_arguments.check()
     train = load_rows(data.data_dir, "train", data.train_samples)
     test = load_rows(data.data_dir, "validation", data.eval_samples)
     set_seed(training.seed)

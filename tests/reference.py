@@ -16,7 +16,8 @@ step, sums in float64.
 Where the paper leaves a choice open: at step 1 there is no previous gradient and so no value (the paper starts from 0);
 `patience` asks for several checks below tau in a row, counted after the grace period; a check is made at steps that
 `check_every` divides, of the change over one step all the same; `weight_change` is the size of the last completed
-update, |W_{t-1} - W_{t-2}| with W_s the weight after s updates; exactly 0 is no value: nothing was learned from.
+update, |W_{t-1} - W_{t-2}| with W_s the weight after s updates, and no value where that is exactly 0: there was none;
+where every value of a check is exactly 0 there is none either: there was nothing to learn from.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def train(
         if max_grad_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
 
-        for name, (measured, freezing) in tracked.items():
+        now_at: dict[str, float | None] = {}
+        for name, (measured, _) in tracked.items():
             if name in frozen:
                 continue
             gradients = [None if w.grad is None else w.grad.detach().clone() for w in measured]
@@ -147,13 +149,18 @@ def train(
 
             if step % check_every != 0:
                 continue
-            value = None
+            now_at[name] = None
             if all(now is not None and before is not None for now, before in pairs):
                 value = sum((now.double() - before.double()).abs().sum().item() for now, before in pairs)
                 if reduction == "mean":
                     value /= sum(w.numel() for w in measured)
-                if value == 0:
-                    value = None  # there was no update, or nothing to learn from
+                if value > 0 or monitor != "weight_change":  # exactly 0: there was no update
+                    now_at[name] = value
+
+        empty = all(value is None or value == 0 or math.isnan(value) for value in now_at.values())
+        for name, value in now_at.items():
+            if empty:
+                value = None
             if value is not None:
                 values[name][step] = value
             if step <= t_grace:
@@ -164,7 +171,7 @@ def train(
                 below[name] = 0
             if below[name] >= patience:
                 frozen[name] = step
-                for parameter in freezing:
+                for parameter in tracked[name][1]:
                     parameter.requires_grad_(False)
                     parameter.grad = None
                     optimizer.state.pop(parameter, None)

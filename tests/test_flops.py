@@ -662,3 +662,16 @@ def test_the_callback_alone_tells_it_too(tmp_path):
     trainer.train()
     assert callback.engine is not None
     assert trainer.state.log_history[-2]["grades/compute_saved"] == callback.engine.savings().fraction > 0
+
+
+def test_a_loss_that_is_not_made_of_the_models_outputs_is_not_measured() -> None:
+    model = small.llama()
+    tau = {"model.layers.0.mlp.up_proj": 1e30, ".*": 1e-30}
+    engine = GradES(model, GradESConfig(tau=tau, alpha=0, monitor="gradient_norm"), total_steps=9)
+    for _ in range(3):
+        model(input_ids=torch.randint(3, 64, (2, 8)))
+        sum(p.square().sum() for p in model.parameters() if p.requires_grad).backward()
+        engine.step()
+    assert list(engine.frozen) == ["model.layers.0.mlp.up_proj"]
+    with pytest.raises(RuntimeError, match="no backward pass of the model's outputs was seen"):
+        engine.savings()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from .history import History
 from .inspect import inspect, parse_lora, pattern_or_names
+from .suggest import BY, load_costs, suggest, to_text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,6 +35,24 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{meaning}: names or name endings, or one regular expression for the full name",
         )
     command.set_defaults(run=_inspect)
+
+    command = commands.add_parser(
+        "suggest",
+        help="which tau would have given a recorded run a certain compute",
+        description="Replay a run that froze nothing (recipes/finetune.py --observe) with thresholds, and print those "
+        "with which it would have used a part of its compute, with the freezing map that they imply.",
+    )
+    command.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="directory with grades_history.json")
+    command.add_argument(
+        "--target-compute", type=float, required=True, metavar="PART", help="part of the run's compute, e.g. 0.7"
+    )
+    command.add_argument("--by", choices=BY, default="projection", help="what gets a tau each; default: projection")
+    command.add_argument("--alpha", type=float, help="grace ratio; default: the run's")
+    command.add_argument("--patience", type=int, help="checks below tau in a row; default: the run's")
+    command.add_argument(
+        "--freeze-prefix", action="store_true", default=None, help="as if freeze_prefix were on; default: the run's"
+    )
+    command.set_defaults(run=_suggest)
     return parser
 
 
@@ -42,6 +63,23 @@ def _inspect(arguments: argparse.Namespace) -> str:
         target_modules=arguments.target_modules and pattern_or_names(arguments.target_modules),
         exclude_modules=arguments.exclude_modules and pattern_or_names(arguments.exclude_modules),
     )
+
+
+def _suggest(arguments: argparse.Namespace) -> str:
+    try:
+        history = History.load(arguments.run_dir)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"RUN_DIR={str(arguments.run_dir)!r} holds no record of a run: {error}") from error
+    found = suggest(
+        history,
+        arguments.target_compute,
+        costs=load_costs(arguments.run_dir),
+        by=arguments.by,
+        alpha=arguments.alpha,
+        patience=arguments.patience,
+        freeze_prefix=arguments.freeze_prefix,
+    )
+    return to_text(history, found, arguments.by)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -468,8 +468,10 @@ class GradES:
 
     def _record(self, reading: Reading) -> dict[str, float]:
         values = reading.values()
+        empty = all(value == 0 or math.isnan(value) for value in values.values())  # see Monitor
         for component in self.components:
-            if values.get(component.name) == 0:  # says nothing about the matrix, see Monitor
+            zero_is_a_value = not empty and self.monitors[component.monitor].zero_is_a_value
+            if values.get(component.name) == 0 and not zero_is_a_value:
                 values[component.name] = math.nan
         self.history.record(reading.step, values)
         return values

@@ -317,7 +317,7 @@ class ComputeMeter:
         """End an optimizer step; call before the optimizer's update, once frozen is what does not take part in it."""
         tally = self._tally
         tally.steps += 1
-        if self._begun:
+        if self._begun and self.reason is None:
             flops, forward = self._cost()
             tally.used += flops
             frozen, merged = (part * self._passes / tally.base if part else 0.0 for part in self._set[1:])

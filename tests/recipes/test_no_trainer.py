@@ -133,6 +133,8 @@ def test_two_processes_equal_one(config: list[str], tmp_path: Path) -> None:
         (["--save_strategy", "epoch"], "save_strategy='epoch'"),
         (["--resume_from_checkpoint", "/nowhere"], "'/nowhere' holds no model.safetensors"),
         (["--tao", "1"], "'--tao' is unknown"),
+        (["--dry_run"], "dry_run: no_trainer.py does not know that value"),
+        (["--arm", "none"], "grades=False"),
     ],
 )
 def test_what_the_loop_does_not_know_is_refused(

@@ -20,8 +20,8 @@ class Monitor(ABC):
     A monitor sees single tensors; the engine adds the values of a component's tensors up. Those that compare two
     steps keep the tensor of the step before in `previous` and free it in `forget`.
 
-    A value of exactly 0 is none (the engine sees to that): the batch said nothing about the matrix (no labels, no
-    image for a vision tower), or there was no update.
+    A check in which every value is exactly 0 has none (the engine sees to that): the batch had nothing to learn from
+    (no labels), or there was no update.
 
     Args:
         sampler: Which elements to look at; None (default) for all of them.
@@ -29,12 +29,14 @@ class Monitor(ABC):
     Attributes:
         name: The statistic's name in `GradESConfig.monitor`.
         compares_steps: Whether it needs `previous`, so that its first check yields no value.
+        zero_is_a_value: Whether exactly 0 for one matrix says something about it, or only that there was no update.
         previous: What was remembered, by parameter: tensors like it, or with a sampler (n,) elements of them. Always
             empty for a monitor that looks at one step only.
     """
 
     name: ClassVar[str]
     compares_steps: ClassVar[bool] = True
+    zero_is_a_value: ClassVar[bool] = True
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         self.previous: dict[Tensor, Tensor] = {}

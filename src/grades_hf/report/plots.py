@@ -39,10 +39,10 @@ def plot_run(history: History, path: str | os.PathLike[str] | None = None) -> Fi
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure_type = _figure_type()
-    columns, rows = _grid(history)
+    make_figure = figure_type()
+    columns, rows = grid_of(history)
     height = min(max(4.6, 1.8 + 0.13 * len(rows)), 12.0)
-    figure = figure_type(figsize=(7.2 + min(max(5.0, 1.6 + 0.36 * len(columns)), 12.0), height), layout="constrained")
+    figure = make_figure(figsize=(7.2 + min(max(5.0, 1.6 + 0.36 * len(columns)), 12.0), height), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(7.2, figure.get_figwidth() - 7.2))
     plot_statistic(history, left)
     plot_freezing_map(history, right)
@@ -60,10 +60,10 @@ def plot_statistic(history: History, ax: Axes | None = None) -> Axes:
         history: What GradES recorded.
         ax: Axes to draw on; default: those of a new figure.
     """
-    figure_type = _figure_type()
+    make_figure = figure_type()
     from matplotlib.ticker import LogFormatter
 
-    ax = ax or figure_type(figsize=(7.2, 4.6), layout="constrained").subplots()
+    ax = ax or make_figure(figsize=(7.2, 4.6), layout="constrained").subplots()
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for component in history.components:
         groups.setdefault(group_label(component), []).append(component)
@@ -118,14 +118,14 @@ def plot_freezing_map(history: History, ax: Axes | None = None) -> Axes:
         history: What GradES recorded.
         ax: Axes to draw on; default: those of a new figure.
     """
-    figure_type = _figure_type()
+    make_figure = figure_type()
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.patches import Patch, Rectangle
     from matplotlib.ticker import MaxNLocator
 
-    ax = ax or figure_type(figsize=(6.0, 4.6), layout="constrained").subplots()
-    columns, rows = _grid(history)
+    ax = ax or make_figure(figsize=(6.0, 4.6), layout="constrained").subplots()
+    columns, rows = grid_of(history)
     cells: dict[tuple[int, int], list[int | None]] = {}
     frozen = history.frozen
     for component in history.components:
@@ -178,7 +178,12 @@ def plot_freezing_map(history: History, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _figure_type() -> type[Figure]:
+def figure_type() -> type[Figure]:
+    """matplotlib's Figure, imported when it is needed.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -205,7 +210,7 @@ def _column(component: Mapping[str, Any]) -> str:
     return f"{tower} {component['projection']}" if tower else str(component["projection"])
 
 
-def _grid(history: History) -> tuple[list[str], list[int | None]]:
+def grid_of(history: History) -> tuple[list[str], list[int | None]]:
     """Columns (matrix kinds, by tower, in PROJECTION_ORDER) and rows (layers, then None for what is in no layer)."""
     towers = list(dict.fromkeys(component.get("tower") for component in history.components))
     kinds = list(dict.fromkeys(component["projection"] for component in history.components))
