@@ -160,7 +160,7 @@ def report(title: str, table: dict[str, Any]) -> None:
         common.say(f"{name:40} {flops} {seconds}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> common.Path:
     parser = common.parser(__doc__.splitlines()[0], rounds=5)
     parser.set_defaults(batch=1)
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
@@ -177,7 +177,9 @@ def main(argv: list[str] | None = None) -> None:
         title = f"{method}, checkpointing {checkpointing}{', compiled' if compiled else ''}"
         results[title] = measure(options, method, checkpointing, compiled)
         report(title, results[title])
-    common.say(f"\nWritten: {common.write('step_cost', results, options)}")
+    path = common.write("step_cost", results, options)
+    common.say(f"\nWritten: {path}")
+    return path
 
 
 if __name__ == "__main__":

@@ -150,17 +150,26 @@ def assert_right(report: dict[str, Any], expected: dict[str, Any], other: dict[s
     "name",
     [
         pytest.param(
-            name,
-            marks=pytest.mark.compatibility("Distributed", f"FSDP2 (fully_shard), {mode}", "works"),
-        )
-        for name, mode in [
-            ("full", "full weights, uneven shards"),
-            ("lora", "LoRA, empty shards"),
-            ("accumulation", "gradient accumulation (set_requires_gradient_sync)"),
-            ("checkpointing", "activation checkpointing"),
-            ("replicas-2x1", "HSDP"),
-            ("replicas-1x2", "HSDP, one replica"),
-        ]
+            "full",
+            marks=pytest.mark.compatibility("Distributed", "FSDP2 (fully_shard), full weights, uneven shards", "works"),
+        ),
+        pytest.param(
+            "lora", marks=pytest.mark.compatibility("Distributed", "FSDP2 (fully_shard), LoRA, empty shards", "works")
+        ),
+        pytest.param(
+            "accumulation",
+            marks=pytest.mark.compatibility("Distributed", "FSDP2 (fully_shard), gradient accumulation", "works"),
+        ),
+        pytest.param(
+            "checkpointing",
+            marks=pytest.mark.compatibility("Distributed", "FSDP2 (fully_shard), checkpointing", "works"),
+        ),
+        pytest.param(
+            "replicas-2x1", marks=pytest.mark.compatibility("Distributed", "FSDP2, HSDP with 2 replicas", "works")
+        ),
+        pytest.param(
+            "replicas-1x2", marks=pytest.mark.compatibility("Distributed", "FSDP2, HSDP with one replica", "works")
+        ),
     ],
 )
 def test_two_ranks_equal_one_process(name, two):

@@ -9,7 +9,7 @@ import logging
 import pytest
 import torch
 
-from benchmarks import common, memory, overhead
+from benchmarks import common, memory, overhead, step_cost
 from grades_hf import find_components
 
 PEER = importlib.util.find_spec("grades") is not None
@@ -87,6 +87,21 @@ def test_memory(tmp_path, peer, capsys):
             assert ways["peer"]["none"]["kept"] == tracked
             assert ways["peer"]["all matrices"]["optimizer"] == bare["optimizer"]
     assert "all but the top block" in capsys.readouterr().out
+
+
+def test_step_cost(tmp_path, capsys):
+    arguments = ["--shape", "tiny", "--length", "8", "--rank", "2", "--rounds", "1"]
+    path = step_cost.main([*arguments, "--output", str(tmp_path)])
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    assert len(results) == 6
+    for table in results.values():
+        assert table["nothing"]["flops_ratio"] == 1
+        assert table["nothing"]["time_ratio"]["n"] == 1
+        assert table["forward pass alone"]["flops_ratio"] < table["lower half, cut"]["flops_ratio"] < 1
+    full, lora = results["full, checkpointing none"], results["lora, checkpointing none"]
+    assert full["lower half, cut"]["flops"] < full["lower half"]["flops"]
+    assert lora["lower half, cut and merged"]["flops"] < lora["lower half, cut"]["flops"]
+    assert "all but the top block, cut and merged" in capsys.readouterr().out
 
 
 def test_a_missing_peer_is_said_at_once(tmp_path, monkeypatch):
