@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> Path:
     """Count, print, write; returns the JSON file."""
     parser = common.parser(__doc__.splitlines()[0], rounds=None)
     parser.add_argument("--modes", nargs="+", choices=("full", "lora"), default=["full", "lora"])
-    parser.add_argument("--sample-size", type=int, default=2048, help="elements of each tensor, where sampled")
+    parser.add_argument("--sample-size", type=int, default=1024, help="elements of each tensor, where sampled")
     parser.add_argument("--no-peer", action="store_true", help="without the package grades")
     options = parser.parse_args(arguments)
     if not options.no_peer:

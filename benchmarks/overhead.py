@@ -68,8 +68,9 @@ def ways(options: argparse.Namespace, *, lora: bool) -> dict[str, Way]:
     result = {"bare": Way(warmup=1)}
     for monitor in ("gradient_change", "gradient_norm", "weight_change"):
         result[monitor] = Way({"monitor": monitor})
-    # Ten steps, of which one makes a check and the one before keeps what it compares with.
-    result[f"{first}, check_every=10"] = Way({"monitor": first, "check_every": 10}, warmup=0, measured=10)
+    # Ten steps, of which one makes a check and the one before keeps what it compares with; not the run's first ten, in
+    # which gradients are copied once to learn whether they may be kept.
+    result[f"{first}, check_every=10"] = Way({"monitor": first, "check_every": 10}, warmup=10, measured=10)
     if not lora:
         for monitor in ("gradient_change", "gradient_norm", "weight_change"):
             sampled = {"monitor": monitor, "sample_size": options.sample_size}
@@ -259,7 +260,7 @@ def main(arguments: list[str] | None = None) -> Path:
     """Measure, print, write; returns the JSON file."""
     parser = common.parser(__doc__.splitlines()[0], rounds=3)
     parser.add_argument("--modes", nargs="+", choices=("full", "lora"), default=["full", "lora"])
-    parser.add_argument("--sample-size", type=int, default=2048, help="elements of each tensor, where sampled")
+    parser.add_argument("--sample-size", type=int, default=1024, help="elements of each tensor, where sampled")
     parser.add_argument("--no-peer", action="store_true", help="without the package grades")
     options = parser.parse_args(arguments)
     if not options.no_peer:

@@ -59,8 +59,8 @@ class GradESConfig:
         skip_validation: Default True: no evaluation pass during training. False: evaluation goes on as usual.
         keep_frozen: Default False: after training `requires_grad` is as it was before. True: what was frozen stays.
         sample_size: Number of elements, 1 or more, that the statistic is estimated from in each tensor: a fixed random
-            sample of it. Default None: all of them, exactly. 2048 elements have a relative error of 3 % in the median
-            matrix of SmolLM2-135M, and of 7 % or less in nine of ten (see `monitors/sampling.py`).
+            sample of it. Default None: all of them, exactly. 1024 elements have a relative error of 5 % in the median
+            matrix of SmolLM2-135M, and of 10 % or less in nine of ten (see `monitors/sampling.py`).
         delay_transfer: Default False: the values of a check are on the host before the update of its step, so a GPU's
             queue runs empty at each check. True: they are read one step later, when they have long arrived. What falls
             below tau at step `t` then freezes at step `t + 1` and is still updated at step `t`; the values are recorded

@@ -438,20 +438,23 @@ class GradES:
         found: dict[Tensor, Tensor] = {}
         for name, monitor in self.monitors.items():
             found |= monitor.measure(p for c in measured if c.monitor == name for p in c.measured)
-        among = [parameter for component in measured for parameter in component.measured]
-        found = dict(zip(found, self.ranks.add_shards(list(found.values()), list(found), among), strict=True))
+        if self.ranks.sharded:
+            among = [parameter for component in measured for parameter in component.measured]
+            found = dict(zip(found, self.ranks.add_shards(list(found.values()), list(found), among), strict=True))
         nan, zero = torch.full((), math.nan, device=device), torch.zeros((), device=device)
         width = max(len(component.measured) for component in live)
         norms: list[Tensor] = []  # for each component `width` of them
         elements: list[int] = []
         for component in live:
-            takes_part = self.monitors[component.monitor].takes_part
-            parts = [p for p in component.measured if takes_part(p)]
+            parts = component.measured
             row = [found[p] for p in parts if p in found]
-            if not row or len(row) < len(parts):
-                row = [nan]
+            if len(row) < len(parts):
+                parts = tuple(p for p in parts if self.monitors[component.monitor].takes_part(p))
+                if not row or len(row) < len(parts):
+                    row = [nan]
             norms += row + [zero] * (width - len(row))
-            elements.append(sum(p.numel() for p in parts))
+            if self.config.reduction == "mean":
+                elements.append(sum(p.numel() for p in parts))
         values = _stack(norms, device).view(len(live), width).sum(1)
         if self.config.reduction == "mean":
             torch._foreach_div_(list(values.unbind()), [float(max(1, number)) for number in elements])
