@@ -75,8 +75,10 @@ class Bench:
         self.optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), lr=1e-6, fused=True)
 
     def forward(self) -> None:
+        self.model.eval()
         with torch.no_grad():
             self.trained(**self.batch)
+        self.model.train()
 
     def backward(self) -> None:
         self.trained(**self.batch).loss.backward()
