@@ -131,7 +131,7 @@ def test_skip_validation_runs_no_evaluation_and_warns_once(strategy, tmp_path, c
 @pytest.mark.compatibility(
     "Trainer", "load_best_model_at_end, save_strategy best, ReduceLROnPlateau, EarlyStoppingCallback", "works"
 )
-@pytest.mark.compatibility("Trainer", "the same with skip_validation=True", "refused")
+@pytest.mark.compatibility("Trainer", "what needs evaluations, with skip_validation=True", "refused")
 @pytest.mark.parametrize(
     ("options", "callbacks", "needs"),
     [

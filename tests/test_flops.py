@@ -545,7 +545,9 @@ def test_what_cannot_be_told_is_an_error():
 
 
 @pytest.mark.slow
-@pytest.mark.compatibility("Precision and memory", "torch.compile, FLOP counting", "works, saves no work")
+@pytest.mark.compatibility(
+    "Precision and memory", "torch.compile: FLOPs are not counted, and savings() says so", "works"
+)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
 @pytest.mark.parametrize("part", ["whole", "whole, fullgraph", "blocks", "unknown to the engine"])
 def test_a_compiled_model_is_left_alone(part):
