@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 MATRICES_PER_LAYER = 7
 
 
-def llama(layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
+def llama(layers: int = 2, seed: int = 0, *, tied: bool = False) -> LlamaForCausalLM:
     """A random Llama of width 16; the same weights for the same seed."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
@@ -30,6 +30,7 @@ def llama(layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
             max_position_embeddings=32,
             bos_token_id=1,
             eos_token_id=2,
+            tie_word_embeddings=tied,
         )
     )
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from grades_hf import GradES, GradESCallback, GradESConfig
 from recipes import finetune_vlm
@@ -24,18 +24,7 @@ IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
 def llama(tied: bool = False, layers: int = 4) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            vocab_size=64,
-            tie_word_embeddings=tied,
-        )
-    ).train()
+    return small.llama(layers, tied=tied).train()
 
 
 def with_checkpointing(model: Any, reentrant: bool | None) -> Any:

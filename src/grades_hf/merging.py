@@ -140,7 +140,8 @@ class Merger:
 
     def _tell_lost(self, names: Sequence[str]) -> None:
         layers = [self.layers[name] for name in names]
-        values = [x._merged.lost.item() for x in layers if isinstance(x, MergedLinear) and x._merged.lost is not None]
+        lost = [x._merged.lost for x in layers if isinstance(x, MergedLinear) and x._merged.lost is not None]
+        values = torch.stack([norm.to(lost[0].device) for norm in lost]).tolist() if lost else []
         many = [value for value in values if value > LOST]
         if many:
             self._told = True
