@@ -41,8 +41,7 @@ class Case:
         options: dict[str, Any] = {
             "ddp_find_unused_parameters": self.find_unused,
             "ddp_static_graph": self.static_graph,
-            "activation_checkpointing": self.checkpointing,
-            "activation_checkpointing_kwargs": {"use_reentrant": self.reentrant} if self.checkpointing else None,
+            **(small.checkpointing_arguments(self.reentrant) if self.checkpointing else {}),
         }
         return small.trainer(
             small.llama() if self.method == "full" else small.lora(),

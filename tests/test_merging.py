@@ -210,7 +210,7 @@ def test_a_merged_pair_costs_what_a_base_layer_costs(reentrant: bool | None) -> 
 
     def prepare(model: nn.Module) -> nn.Module:
         if reentrant is not None:
-            model.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            small.enable_checkpointing(model.base_model.model, reentrant)
             model.enable_input_require_grads()
         return model.train()
 
@@ -317,7 +317,7 @@ def test_the_reference_model_is_the_base_model_between_forward_and_backward(reen
     for merging in (False, True):
         model = lora()
         if reentrant is not None:
-            model.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            small.enable_checkpointing(model.base_model.model, reentrant)
             model.enable_input_require_grads()
         engine = start(model.train(), merging)
         losses[merging] = train(model, engine, 6, loss)

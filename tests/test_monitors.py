@@ -458,3 +458,19 @@ def test_a_malformed_open_check_is_refused():
         with pytest.raises(ValueError, match="state of GradES|does not have"):
             other.load_state_dict({**state, "reading": broken})
         assert other.t == 0
+
+
+def test_a_witness_that_freezes_tells_nothing_about_the_loop(caplog):
+    """Found by the property tests: the first matrix froze at step 2, and its gradient died of that."""
+    model = small.llama()
+    tau = {"model.layers.0.self_attn.q_proj": 1e30, ".*": 1e-30}
+    engine = GradES(model, GradESConfig(tau=tau, alpha=0, monitor="gradient_change"), total_steps=9)
+    for _ in range(5):
+        ids = torch.randint(3, 64, (2, 8))
+        model(input_ids=ids, labels=ids).loss.backward()
+        engine.step()
+        model.zero_grad(set_to_none=False)
+    assert engine.frozen == {"model.layers.0.self_attn.q_proj": 2}
+    values = engine.history.values["model.layers.1.mlp.up_proj"]
+    assert [math.isnan(value) for value in values] == [True, False, False, False, False]
+    assert "something wrote to a gradient" not in caplog.text

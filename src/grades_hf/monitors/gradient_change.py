@@ -29,7 +29,8 @@ class GradientChange(Monitor):
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         super().__init__(sampler)
-        self._witness: weakref.ref[Tensor] | None = None  # a gradient of the first step: does it outlive its step?
+        # A parameter and its gradient of the first step: does that outlive its step?
+        self._witness: tuple[Tensor, weakref.ref[Tensor]] | None = None
         self._may_keep: bool | None = None  # None until the first step's gradient has been seen to die
         self._versions: dict[Tensor, int] = {}  # of kept buffers
 
@@ -41,6 +42,8 @@ class GradientChange(Monitor):
         super().forget(parameters)
         for parameter in parameters:
             self._versions.pop(parameter, None)
+            if self._witness is not None and self._witness[0] is parameter:
+                self._witness = None  # freezing has dropped its gradient, which tells nothing about the loop
 
     def _comparable(self, parameter: Tensor) -> bool:
         previous = self.previous.get(parameter)
@@ -58,14 +61,15 @@ class GradientChange(Monitor):
         if self.sampler is not None:
             return super()._kept(sources)
         if self._may_keep is None and self._witness is not None:
-            self._may_keep = self._witness() is None
+            self._may_keep = self._witness[1]() is None
             self._witness = None
         own = {p: gradient for p, gradient in sources.items() if self._may_keep and _owns_its_memory(gradient)}
         for parameter in self._versions:  # a gradient's own buffer is no memory to copy into
             self.previous.pop(parameter, None)
         self._versions = {parameter: gradient._version for parameter, gradient in own.items()}
         if self._may_keep is None and sources:
-            self._witness = weakref.ref(next(iter(sources.values())))
+            parameter, gradient = next(iter(sources.items()))
+            self._witness = parameter, weakref.ref(gradient)
         copied = super()._kept({p: gradient for p, gradient in sources.items() if p not in own})
         return {**own, **copied}
 
