@@ -3,6 +3,8 @@
 #   make test         the whole test suite
 #   make test-oldest  the same on the oldest versions that setup.cfg admits, in .venv-oldest
 #   make compatibility  the same, and docs/compatibility.md of what passed
+#   make notebooks    run the notebooks and keep their outputs
+#   make docs         the documentation site, into site/ (with an environment of its own, .venv-docs, without torch)
 #   make lint         ruff and mypy
 #   make clean        remove .venv and everything that was built
 
@@ -17,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGING := setup.cfg pyproject.toml $(CONSTRAINTS)
 
-.PHONY: quickstart test test-oldest compatibility lint clean
+.PHONY: quickstart test test-oldest compatibility notebooks docs lint clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -58,11 +60,23 @@ compatibility: override PYTEST_ARGS += --compatibility .cache/compatibility.json
 compatibility: test
 	$(BIN)/python -m benchmarks.compatibility .cache/compatibility.json
 
+notebooks: $(VENV)/dev.stamp
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py
+
+.venv-docs/docs.stamp: setup.cfg $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-docs
+	awk '/^docs =/ { extra = 1; next } /^[^ ]/ { extra = 0 } extra' setup.cfg > .venv-docs/docs.txt
+	.venv-docs/bin/python -m pip --disable-pip-version-check install -c $(CONSTRAINTS) -r .venv-docs/docs.txt
+	touch $@
+
+docs: .venv-docs/docs.stamp
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .venv-oldest* build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-oldest* .venv-docs build dist site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

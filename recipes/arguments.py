@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -26,6 +27,7 @@ from peft import LoraConfig
 from transformers import HfArgumentParser
 
 from grades_hf import GradESConfig
+from grades_hf.config import CRITERIA
 
 
 def _argument(help: str, default: Any = None) -> Any:
@@ -202,20 +204,26 @@ def grades_config(arguments: Any, *, observe: bool = False) -> GradESConfig | No
 
     Args:
         arguments: GradESArguments.
-        observe: With a tau that nothing falls below, whatever `tau` says.
+        observe: With a tau that nothing falls below, whatever the criterion and its options say.
 
     Raises:
         ValueError: tau is missing, or an option has a value that it cannot have.
     """
     if not arguments.grades:
         return None
-    if arguments.tau is None and not observe:
-        raise ValueError("tau is missing: pass --tau NUMBER, or --no_grades to train without freezing.")
+    if arguments.tau is None and arguments.criterion == "threshold" and not observe:
+        raise ValueError(
+            "tau is missing: pass --tau NUMBER, another --criterion, or --no_grades to train without freezing."
+        )
     options = {
         option.name: getattr(arguments, RENAMED.get(option.name, option.name))
         for option in dataclasses.fields(GradESConfig)
     }
-    options["tau"] = NO_TAU if observe else _threshold(options["tau"])
+    if observe:
+        rule = {"criterion", *itertools.chain(*CRITERIA.values())} - {"patience"}  # which `suggest` replays with
+        options = {name: value for name, value in options.items() if name not in rule} | {"tau": NO_TAU}
+    elif options["tau"] is not None:
+        options["tau"] = _threshold(options["tau"])
     for name in RENAMED:
         options[name] = names(options[name])
     return GradESConfig(**options)

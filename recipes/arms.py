@@ -34,7 +34,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from grades_hf import GradESConfig, GradESTrainer
-from grades_hf.criterion import grace_steps
+from grades_hf.criteria import grace_steps
 from grades_hf.flops import FlopCounter
 from recipes.arguments import ArmArguments
 from recipes.flops import FlopCounterCallback

@@ -83,6 +83,11 @@ class Cell:
     folder: Path
     arguments: tuple[str, ...]  # of finetune.py, but for resuming
 
+    @property
+    def audit(self) -> Path:
+        """What it was run with."""
+        return self.folder / "arguments.json"
+
     def results(self) -> dict[str, Any] | None:
         """What its results.json holds; None if it has not ended."""
         try:
@@ -97,9 +102,8 @@ class Cell:
         Raises:
             ValueError: what lies in the folder was run with others.
         """
-        file = self.folder / "arguments.json"
-        if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
+        if self.audit.is_file():
+            before = json.loads(self.audit.read_text(encoding="utf-8"))
             if (before["arguments"], before["config"]) != (list(self.arguments), config):
                 raise ValueError(
                     f"{self.folder} holds a run with other arguments (see arguments.json); pass another --output, or "
@@ -148,7 +152,7 @@ def run_cell(cell: Cell, config: str) -> bool:
         except BlockingIOError:
             raise ValueError(f"another process is running {cell.folder}; wait for it, or end it.") from None
         audit = {"arguments": list(cell.arguments), "config": config, "versions": _versions(), "commit": _commit()}
-        (cell.folder / "arguments.json").write_text(json.dumps(audit, indent=2) + "\n", encoding="utf-8")
+        cell.audit.write_text(json.dumps(audit, indent=2) + "\n", encoding="utf-8")
         command = [sys.executable, str(ROOT / "recipes" / "finetune.py"), *arguments]
         log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n")
         log.flush()
@@ -175,13 +179,22 @@ def report(cells: Sequence[Cell], output: Path, metric: str | None, command: str
         "FLOPs and seconds are sums over the tasks that are trained one by one. Bold: no other arm is at least as good "
         "for at most as much compute, and better in one of both. FLOPs are counted (`grades_hf.flops`). Seconds of "
         "training are without validation and checkpoints; of an arm whose run was resumed, they are those of the steps "
-        f"that count.\n\n{comparison_markdown(ways, metric)}"
+        f"that count.\n\n{comparison_markdown(ways, metric)}\n{_provenance(cells)}\n"
     )
     (output / "comparison.md").write_text(page, encoding="utf-8")
     (output / "comparison.csv").write_text(comparison_csv(ways, metric), encoding="utf-8")
     plot_comparison(ways, metric, output / "comparison.png")
     sys.stdout.write(comparison_markdown(ways, metric))
     logger.info("In %s: comparison.md, comparison.csv, comparison.png", output)
+
+
+def _provenance(cells: Sequence[Cell]) -> str:
+    """At which commits and with which versions the cells were run, in one line."""
+    audits = [json.loads(cell.audit.read_text(encoding="utf-8")) for cell in cells if cell.results() is not None]
+    commits = sorted({str(audit["commit"]) for audit in audits})
+    found = {name: sorted({audit["versions"].get(name, "none") for audit in audits}) for name in audits[0]["versions"]}
+    versions = (f"{name} {' and '.join(numbers)}" for name, numbers in found.items())
+    return f"Run at commit {' and '.join(commits)} with {', '.join(versions)}."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -224,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _versions() -> dict[str, str]:
     """Of Python and of the packages that are installed."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    found["cpu cores"] = str(os.cpu_count())
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -38,7 +38,7 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from grades_hf import GradESConfig, History, find_components
-from grades_hf.criterion import assign_thresholds
+from grades_hf.criteria import assign_thresholds
 from grades_hf.report import plot_run, summarize, table_rows, to_markdown
 from recipes.arguments import (
     ArmArguments,

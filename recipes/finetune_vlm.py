@@ -42,7 +42,7 @@ from transformers import (
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from grades_hf import GradESTrainer, find_components
-from grades_hf.criterion import assign_thresholds
+from grades_hf.criteria import assign_thresholds
 from recipes.arguments import GradESArguments, ModelArguments, grades_config, parse
 
 logger = logging.getLogger("recipes.finetune_vlm")

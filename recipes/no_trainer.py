@@ -133,10 +133,12 @@ def train(
         for batches in chunks(rest, accumulation, resumed=steps_done > 0):
             # The mean over all tokens of the step, on all processes, that have a label.
             tokens = accelerator.reduce(sum(batch["labels"][:, 1:].ne(IGNORE).sum() for batch in batches))
+            mean_loss = torch.zeros((), device=accelerator.device)
             for last, batch in enumerate(batches, start=1 - len(batches)):
                 with contextlib.nullcontext() if last == 0 else accelerator.no_sync(model):
                     loss = model(**batch, num_items_in_batch=tokens).loss * accelerator.num_processes
                     accelerator.backward(loss)
+                mean_loss += loss.detach()
             if args.max_grad_norm > 0:
                 accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
 
@@ -147,7 +149,8 @@ def train(
                 scheduler.step()
             optimizer.zero_grad()
             if engine.t % every(args.logging_steps, total_steps) == 0:
-                logger.info("step %d: loss %.4f, %d frozen", engine.t, loss.item(), len(engine.frozen))
+                engine.log(accelerator.reduce(mean_loss, "mean").item())  # GradES: a row of history.logs
+                logger.info("step %(step)d: loss %(loss).4f, %(frozen)d frozen", engine.history.logs[-1])
             if args.save_strategy == "steps" and engine.t % every(args.save_steps, total_steps) == 0:
                 accelerator.save_state(str(plan.output / f"checkpoint-{engine.t}"))
             if engine.done or engine.t == total_steps:

@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 
 import grades_hf.history
-from grades_hf import GradESCallback
+from grades_hf import GradESCallback, History
 from tests.runs import Setting, load, tokens
 
 STEPS = 14
@@ -75,13 +75,20 @@ def result(trainer: Trainer, callback: GradESCallback) -> dict[str, Any]:
     return {
         "weights": {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()},
         "frozen": callback.engine.frozen,
-        "history": callback.engine.history.to_dict(),
+        "history": record(callback.engine.history),
         "last step": trainer.state.global_step,
         "logs": [
             {key: value for key, value in entry.items() if key in ("step", "loss") or key.startswith("grades/")}
             for entry in trainer.state.log_history
         ],
     }
+
+
+def record(history: History) -> dict[str, Any]:
+    """The history but for its times."""
+    kept = history.to_dict()
+    kept["logs"] = [{key: value for key, value in row.items() if key != "seconds"} for row in kept["logs"]]
+    return kept
 
 
 def run(job: Job) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 
@@ -180,16 +181,70 @@ def test_logs_carry_frozen_fraction_and_quartiles(make_model, tmp_path):
         step = log["step"]
         frozen = sum(at <= step for at in engine.frozen.values())
         assert log["grades/frozen_fraction"] == frozen / len(engine.components)
-        values = torch.tensor(
-            [s[step - 1] for s in engine.history.values.values() if len(s) >= step], dtype=torch.float64
-        )
-        values = values[values.isfinite()]
-        quartiles = [log.get(f"grades/statistic_q{q}") for q in (25, 50, 75)]
-        if step == 1 and engine.monitors.keys() == {"gradient_change"}:
-            assert quartiles == [None, None, None]
-        else:
-            expected = torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-            assert quartiles == pytest.approx(expected)
+        for group in ("attention", "mlp"):
+            series = [engine.history.values[c.name] for c in engine.components if c.group == group]
+            values = torch.tensor([s[step - 1] for s in series if len(s) >= step], dtype=torch.float64)
+            values = values[values.isfinite()]
+            quartiles = [log.get(f"grades/{group}/statistic_q{q}") for q in (25, 50, 75)]
+            if not len(values):
+                assert quartiles == [None, None, None]
+            else:
+                expected = torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+                assert quartiles == pytest.approx(expected)
+    assert ("grades/mlp/statistic_q25" in logs[0]) == (engine.monitors.keys() != {"gradient_change"})
+    assert "grades/mlp/statistic_q25" in logs[1]
+
+
+def test_history_has_a_row_per_log_and_how_the_run_ended(make_model, tmp_path):
+    callback = GradESCallback(tau=between(observe(make_model, tmp_path).values), alpha=0.3)
+    trainer = small.trainer(make_model(), tmp_path, [callback], logging_steps=5)
+    trainer.train()
+    history = History.load(tmp_path)
+    logs = {log["step"]: log for log in trainer.state.log_history if "loss" in log}
+    assert [row["step"] for row in history.logs] == [5, 10, 12]
+    for row in history.logs[:2]:
+        log = logs[row["step"]]
+        assert row["loss"] == log["loss"]
+        assert row["frozen"] == sum(at <= row["step"] for at in history.frozen.values())
+        assert row["compute_saved"] == log["grades/compute_saved"]
+    assert "loss" not in history.logs[2]
+    assert 0 < history.logs[0]["seconds"] < history.logs[1]["seconds"] < history.logs[2]["seconds"]
+    savings = callback.engine.savings()
+    assert history.savings == dataclasses.asdict(savings)
+    assert history.logs[2]["compute_saved"] == savings.fraction > 0
+    assert history.ended == "completed"
+
+    all_at_once = GradESCallback(tau=1e9, alpha=0.5, count_flops=False)
+    small.trainer(make_model(), tmp_path, [all_at_once]).train()
+    history = History.load(tmp_path)
+    assert (history.ended, history.savings, len(history.logs)) == ("converged", None, 7)
+    assert not any("compute_saved" in row for row in history.logs)
+
+
+class _Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 3
+        return control
+
+
+class _Look(TrainerCallback):
+    """Reads the history file after every log."""
+
+    def __init__(self, folder):
+        self.folder, self.seen = folder, []
+
+    def on_log(self, args, state, control, **kwargs):
+        self.seen.append(History.load(self.folder))
+
+
+def test_the_history_file_has_each_log_before_its_checkpoint(tmp_path):
+    look = _Look(tmp_path)
+    callbacks = [GradESCallback(tau=1e9), look, _Stop()]
+    small.trainer(llama(), tmp_path, callbacks, save_strategy="steps", save_steps=1).train()
+    assert [history.logs[-1]["step"] for history in look.seen] == [1, 2, 3, 3]
+    assert [history.steps for history in look.seen] == [[1], [1, 2], [1, 2, 3], [1, 2, 3]]
+    assert [history.ended for history in look.seen] == [None] * 4
+    assert History.load(tmp_path).ended == "stopped"
 
 
 def test_info_lines(tmp_path, caplog):
@@ -315,7 +370,7 @@ def test_ways_to_give_the_options():
     assert GradESCallback(config).config == config
     assert GradESCallback(config.to_dict()).config == config
     assert GradESCallback(config, patience=3).config == GradESConfig(tau=0.5, alpha=0.2, patience=3)
-    with pytest.raises(ValueError, match="needs a threshold"):
+    with pytest.raises(ValueError, match="tau is missing"):
         GradESCallback()
     with pytest.raises(ValueError, match=r"tau=0\.5"):
         GradESCallback(0.5)

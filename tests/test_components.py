@@ -12,7 +12,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from grades_hf import GradES, GradESConfig, find_components
 from grades_hf.components import survey
-from grades_hf.criterion import assign_thresholds
+from grades_hf.criteria import assign_thresholds
 from tests.architectures import TABLE, GPTBlock, SmallGPT
 from tests.small import llama, lora
 

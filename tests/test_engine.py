@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Adafactor
 
 from grades_hf import GradES, GradESConfig
-from grades_hf.criterion import Threshold, grace_steps
+from grades_hf.criteria import Threshold, grace_steps
 from tests.small import between, llama, lora, tokens
 
 OPTIMIZERS = {
@@ -186,9 +186,9 @@ def test_a_step_without_an_update_is_no_convergence():
 
 
 def test_patience_counts_checks_in_a_row():
-    criterion = Threshold(patience=3)
+    criterion = Threshold(lambda name: 1.0, patience=3)
     values = [0.5, 0.5, 2.0, 0.5, 0.5, math.nan, 0.5, 0.5, 0.5]
-    assert [criterion.converged("w", value, 1.0) for value in values] == [False] * 8 + [True]
+    assert [criterion.update("w", step, value) for step, value in enumerate(values, start=1)] == [False] * 8 + [True]
 
 
 def test_patience_counts_after_the_grace_period_only():

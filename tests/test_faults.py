@@ -28,6 +28,7 @@ from transformers import Trainer, TrainerCallback
 
 from grades_hf import GradES, GradESCallback, GradESConfig, History
 from tests import small
+from tests.resumable import record
 from tests.small import llama, lora, tokens
 
 STEPS = 12
@@ -52,7 +53,7 @@ class Whole:
         trainer = small.trainer(llama(), self.folder, [callback], **SAVES)
         trainer.train()
         self.frozen = callback.engine.frozen
-        self.history = callback.engine.history.to_dict()
+        self.history = record(callback.engine.history)
         self.weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         steps = self.frozen.values()
         assert min(steps) <= 6 < max(steps)
@@ -139,7 +140,7 @@ def test_the_history_of_the_same_run_is_continued(whole, tmp_path, caplog):
     trainer.train(resume_from_checkpoint=True)
     assert messages(caplog) == []
     whole.assert_same(trainer, callback.engine)
-    assert History.load(folder).to_dict() == whole.history
+    assert record(History.load(folder)) == whole.history
 
 
 def test_what_a_killed_save_left_is_cleaned_up(whole, tmp_path):
@@ -202,7 +203,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(whole, tmp_path, c
     trainer = small.trainer(llama(), tmp_path, [callback], **SAVES)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     whole.assert_same(trainer, callback.engine)
-    assert History.load(tmp_path).to_dict() == whole.history
+    assert record(History.load(tmp_path)) == whole.history
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -282,7 +283,7 @@ def grades_state(data: dict) -> dict:
 STATES: dict[str, tuple[Callable[[dict], Any], str]] = {
     "no step": (lambda data: grades_state(data).pop("step") and None, "contradicts itself"),
     "no events": (lambda data: grades_state(data).pop("events") and None, "'events'"),
-    "no counters": (lambda data: grades_state(data).pop("below") and None, "'below'"),
+    "no counters": (lambda data: grades_state(data).pop("criterion") and None, "'criterion'"),
     "no state": (
         lambda data: data["stateful_callbacks"]["GradESCallback"]["attributes"].update(checkpoint=None),
         "no usable state",
@@ -300,8 +301,8 @@ STATES: dict[str, tuple[Callable[[dict], Any], str]] = {
         lambda data: grades_state(data)["events"].append(grades_state(data)["events"][0]),
         "frozen twice",
     ),
-    "counters of no kind": (lambda data: grades_state(data).update(below=[1, 2]), "malformed"),
-    "of another model": (lambda data: grades_state(data)["below"].update({"model.layers.7.x": 1}), r"layers\.7"),
+    "counters of no kind": (lambda data: grades_state(data).update(criterion=[1, 2]), "malformed"),
+    "of another model": (lambda data: grades_state(data)["criterion"].update({"model.layers.7.x": [1]}), r"layers\.7"),
 }
 
 
@@ -366,7 +367,7 @@ def test_a_state_without_the_fields_that_came_later(whole, tmp_path, caplog):
 
     def older(data: dict) -> None:
         state = grades_state(data)
-        assert state.keys() >= {"step", "events", "below", "config", "total_steps", "checksum"}
+        assert state.keys() >= {"step", "events", "criterion", "config", "total_steps", "checksum"}
         for name in ("config", "total_steps", "checksum"):
             del state[name]
 
@@ -437,7 +438,7 @@ def test_another_tau_holds_from_the_resume_on(tmp_path, caplog):
 def test_another_tau_starts_patience_anew(tmp_path):
     started(tmp_path, tau=2e9, alpha=0.25, patience=5)
     state = json.loads((tmp_path / RESUME / "trainer_state.json").read_text())
-    assert set(grades_state(state)["below"].values()) == {3}
+    assert {count for (count,) in grades_state(state)["criterion"].values()} == {3}
     assert set(resume(tmp_path, GradESConfig(tau=1e9, alpha=0.25, patience=5)).engine.frozen.values()) == {11}
     same = resume(tmp_path, GradESConfig(tau=2e9, alpha=0.25, patience=5))
     assert set(same.engine.frozen.values()) == {8}
@@ -671,8 +672,9 @@ class Parts(nn.Module):
 
 
 @pytest.mark.compatibility("Faults", "steps in which some or all tracked matrices have no gradient", "works")
+@pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("monitor", ["gradient_change", "gradient_norm", "weight_change"])
-def test_steps_without_a_gradient(monitor):
+def test_steps_without_a_gradient(monitor, set_to_none):
     model = Parts()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = GradES(model, GradESConfig(tau=1e9, alpha=0, patience=4, monitor=monitor), total_steps=99)
@@ -681,16 +683,29 @@ def test_steps_without_a_gradient(monitor):
         model(torch.randn(4, 8), use).square().mean().backward()
         engine.step()
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=set_to_none)
         if engine.done:
             break
-    # Four values in a row: a change needs a gradient in the step before, too, or an update.
-    expected = {
-        "gradient_norm": {"layers.0.fc1": 8, "layers.1.fc1": 12},
-        "gradient_change": {"layers.0.fc1": 9, "layers.1.fc1": 13},
-        "weight_change": {"layers.0.fc1": 9, "layers.1.fc1": 13},
-    }
-    assert engine.frozen == expected[monitor]
+    # Four values in a row: a change needs a gradient in the step before, too, or an update. From or to a gradient of
+    # zeros it is a value, between two of them it is none.
+    change = (9, 13) if set_to_none else (6, 12)
+    expected = {"gradient_norm": (8, 12), "gradient_change": change, "weight_change": (9, 13)}
+    assert (engine.frozen["layers.0.fc1"], engine.frozen["layers.1.fc1"]) == expected[monitor]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_gradient_that_stays_the_same_has_converged(set_to_none):
+    """Eq. 1 is exactly 0 then, which is below any tau."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    engine = GradES(model, GradESConfig(tau=1e-30, alpha=0.3, target_modules=["0"]), total_steps=9)
+    for _ in range(9):
+        model(torch.ones(2, 8)).sum().backward()
+        engine.step()
+        model.zero_grad(set_to_none=set_to_none)
+        if engine.done:
+            break
+    assert engine.frozen == {"0": 4}
+    assert list(engine.history.values["0"])[1:] == [0.0] * 3
 
 
 # --- code that raises ----------------------------------------------------------------------------------------------
@@ -739,7 +754,7 @@ def test_train_again_after_an_error(event, step, error, whole, tmp_path):
     assert callback.engine.frozen == reference.engine.frozen
     final = dict(trainer.model.named_parameters())
     assert [n for n, p in plain.model.named_parameters() if not torch.equal(p, final[n])] == []
-    assert History.load(tmp_path / "run").to_dict() == reference.engine.history.to_dict()
+    assert record(History.load(tmp_path / "run")) == record(reference.engine.history)
 
 
 @pytest.mark.parametrize("make_model", [llama, lora])

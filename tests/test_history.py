@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from array import array
 
 import pytest
+import torch
 
+import grades_hf
 from grades_hf import GradES, GradESConfig, History
 from tests.small import llama
 
@@ -22,6 +25,9 @@ def history():
         if step == 3:
             engine.components[2].frozen_at = 3
             made.record_freeze(3, engine.components[2], 0.5)
+        loss = math.nan if step == 1 else 1.25 / step
+        made.record_log({"step": step, "seconds": step / 4, "frozen": len(made.events), "loss": loss})
+    made.savings, made.ended = {"steps": 5, "full": 10.0, "used": 9.0}, "stopped"
     return made
 
 
@@ -30,6 +36,8 @@ def test_what_is_saved_comes_back(history, name, tmp_path):
     history.save(tmp_path / name)
     loaded = History.load(tmp_path / name)
     assert loaded.to_dict() == history.to_dict()
+    assert loaded.logs[1:] == history.logs[1:]
+    assert math.isnan(loaded.logs[0]["loss"])
     assert isinstance(loaded.values["model.layers.0.mlp.up_proj"], array)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -51,6 +59,37 @@ def test_truncate_forgets_what_came_after(history):
     assert history.steps == [1, 2]
     assert history.frozen == {}
     assert {len(series) for series in history.values.values()} == {2}
+    assert [row["step"] for row in history.logs] == [1, 2]
+    assert (history.savings, history.ended) == (None, None)
+
+
+def test_a_file_without_logs_is_read(history, tmp_path):
+    old = {
+        key: value for key, value in history.to_dict().items() if key not in ("logs", "savings", "ended", "versions")
+    }
+    (tmp_path / "h.json").write_text(json.dumps(old))
+    loaded = History.load(tmp_path / "h.json")
+    assert (loaded.logs, loaded.savings, loaded.ended, loaded.versions) == ([], None, None, {})
+    assert loaded.values.keys() == history.values.keys()
+
+
+@pytest.mark.parametrize("row", [{"step": 1}, {"step": None, "frozen": 0}, "step", {"step": 1, "frozen": "x"}])
+def test_logs_that_are_none_are_damage(row, history, tmp_path):
+    (tmp_path / "h.json").write_text(json.dumps(history.to_dict() | {"logs": [row]}))
+    with pytest.raises(ValueError, match=r"h\.json"):
+        History.load(tmp_path / "h.json")
+
+
+def test_versions_are_those_of_the_run(history):
+    assert history.versions["torch"] == torch.__version__
+    assert history.versions["grades_hf"] == grades_hf.__version__
+    assert set(history.versions) <= set(sys.modules) | {"python"}
+
+
+def test_a_step_has_one_log(history):
+    history.record_log({"step": 5, "seconds": 9.0, "frozen": 1, "compute_saved": 0.5})
+    assert len(history.logs) == 5
+    assert history.logs[-1] == {"step": 5, "seconds": 1.25, "frozen": 1, "loss": 0.25, "compute_saved": 0.5}
 
 
 def test_latest_holds_the_live_finite_values_of_the_last_check(history):

@@ -125,7 +125,7 @@ def test_any_run_equals_algorithm_1(case, resume_after, set_to_none, switches):
     tau = threshold(case)
     run = toy.train(
         case.kind, case.config(tau), case.steps, case.optimizer, max_grad_norm=case.max_grad_norm,
-        # A block that a step does not use has no gradient in the reference, and one of zeros where buffers live on.
+        # A block that a step does not use is not updated in the reference; where buffers live on, momentum moves it.
         set_to_none=set_to_none or bool(case.uses), resume_after=resume_after,
         switches=tuple(switches) if case.kind == "lora" and switches else ("",),
     )  # fmt: skip

@@ -97,7 +97,10 @@ def assert_same(folder: Path, expected: dict) -> None:
     assert result["weights"].keys() == expected["weights"].keys()
     differing = [k for k, tensor in expected["weights"].items() if not torch.equal(result["weights"][k], tensor)]
     assert differing == []
-    assert History.load(folder).to_dict() == expected["history"] == result["history"]
+    history = History.load(folder)
+    assert resumable.record(history) == expected["history"] == result["history"]
+    seconds = [row["seconds"] for row in history.logs]
+    assert seconds == sorted(seconds)
     assert [e for e in result["logs"] if "loss" in e] == [e for e in expected["logs"] if "loss" in e]
 
 
@@ -202,7 +205,7 @@ def test_resuming_a_finished_run_changes_nothing(restore, tmp_path):
     assert again["last step"] == first["last step"]
     assert again["frozen"] == first["frozen"]
     assert all(torch.equal(again["weights"][name], tensor) for name, tensor in first["weights"].items())
-    assert History.load(tmp_path).to_dict() == first["history"]
+    assert resumable.record(History.load(tmp_path)) == first["history"]
 
 
 def test_the_checkpoint_holds_one_gradient_per_live_matrix(tmp_path):
@@ -225,3 +228,23 @@ class StopAfter(resumable.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == self.step
         return control
+
+
+def test_the_clock_goes_on_from_the_checkpoint(tmp_path):
+    job = Job(str(tmp_path), "full", "gradient_norm", tau=1e-9)
+    trainer, _ = resumable.build(job)
+    trainer.add_callback(StopAfter(8))
+    trainer.train()
+    before = History.load(tmp_path).logs
+    checkpoint = tmp_path / "checkpoint-6"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["GradESCallback"]["attributes"]["checkpoint"]
+    assert before[5]["seconds"] <= saved["seconds"] <= before[6]["seconds"]
+    saved["seconds"] = 1000.0
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    trainer, _ = resumable.build(job)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    after = History.load(tmp_path).logs
+    assert after[:6] == before[:6]
+    assert [row["step"] for row in after] == list(range(1, STEPS + 1))
+    assert all(1000.0 < row["seconds"] < 2000.0 for row in after[6:])

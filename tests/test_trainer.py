@@ -45,7 +45,7 @@ def test_reporters_get_the_scalars(tmp_path):
     written.Reload()
     fractions = [(event.step, event.value) for event in written.Scalars("train/grades/frozen_fraction")]
     assert fractions == [(step, 0.5 if step >= 7 else 0.0) for step in range(1, 13)]
-    medians = [event.step for event in written.Scalars("train/grades/statistic_q50")]
+    medians = [event.step for event in written.Scalars("train/grades/attention/statistic_q50")]
     assert medians == list(range(2, 13))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import quantiles
@@ -17,7 +18,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -62,8 +63,6 @@ class GradESCallback(TrainerCallback, ExportableState):
 
     def __init__(self, config: GradESConfig | Mapping[str, Any] | None = None, **options: Any) -> None:
         if config is None:
-            if "tau" not in options:
-                raise ValueError("GradESCallback needs a threshold: GradESCallback(tau=0.5), or a GradESConfig.")
             self.config = GradESConfig(**options)
         elif isinstance(config, GradESConfig):
             self.config = dataclasses.replace(config, **options)
@@ -203,13 +202,17 @@ class GradESCallback(TrainerCallback, ExportableState):
         metrics = self.metrics(logs)
         logs.update(metrics)  # for the callbacks after this one: the progress bar prints them
         state.log_history[-1].update(metrics)
-        self._write_history(always=False)
+        if metrics and self.engine is not None and not self._over:
+            self.engine.log(logs.get("loss"))
+        self._write_history(always=control.should_save)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.engine is not None:
             self.engine.flush()
+            if not self.engine.history.logs or self.engine.history.logs[-1]["step"] < self.engine.t:
+                self.engine.log()
             self._write_history(always=True)
             logger.info("GradES: %s", self.engine.conclude())
         self._end()
@@ -217,21 +220,64 @@ class GradESCallback(TrainerCallback, ExportableState):
     # --- what Trainer and GradESTrainer ask for --------------------------------------------------------------------
 
     def metrics(self, logs: Mapping[str, Any]) -> dict[str, float]:
-        """The scalars that belong to a training log: frozen fraction and quartiles of the last check's statistic.
+        """The scalars that belong to a training log.
 
-        Empty for the logs of an evaluation and for the summary at the end. Quartiles are left out where no value was
-        measured.
+        `grades/frozen_fraction`, `grades/compute_saved` (the part of the FLOPs so far, where they are counted), and
+        the quartiles of each group's statistic at the last check, over what was not frozen before it:
+        `grades/attention/statistic_q25`, `_q50` and `_q75` (`grades/vision/attention/...` in a model with towers),
+        left out where no value was measured. Empty for the logs of an evaluation and for the summary at the end.
         """
         if self.engine is None or any(key.startswith("eval_") for key in logs) or "train_runtime" in logs:
             return {}
         metrics = {"grades/frozen_fraction": self.engine.frozen_fraction}
         if self.engine.meter is not None and self.engine.meter.measured:
             metrics["grades/compute_saved"] = self.engine.savings().fraction
-        values = list(self.engine.history.latest().values())
-        if values:
+        latest, groups = self.engine.history.latest(), defaultdict[str, list[float]](list)
+        for component in self.engine.components:
+            if component.name in latest:
+                label = f"{component.tower}/{component.group}" if component.tower else component.group
+                groups[label].append(latest[component.name])
+        for label, values in groups.items():
             cuts = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-            metrics |= {f"grades/statistic_q{part}": cut for part, cut in zip((25, 50, 75), cuts, strict=True)}
+            metrics |= {f"grades/{label}/statistic_q{part}": cut for part, cut in zip((25, 50, 75), cuts, strict=True)}
         return metrics
+
+    def report_through(self, trainer: Trainer) -> None:
+        """Give the trackers of `trainer` (`report_to`) the options, under `grades`, and the scalars of every log.
+
+        ```python
+        trainer = Trainer(..., callbacks=[callback])
+        callback.report_through(trainer)
+        ```
+
+        Without it they get neither, since Trainer runs them before the callbacks of its user. Call it once, before
+        `trainer.train()`. `GradESTrainer` does so by itself.
+
+        Raises:
+            ValueError: the callback is not one of `trainer`'s.
+        """
+        handler = trainer.callback_handler
+        if self not in handler.callbacks:
+            raise ValueError("report_through(trainer): pass the callback to the trainer first, callbacks=[callback].")
+        begin, log = handler.on_train_begin, handler.on_log
+
+        def on_train_begin(args: TrainingArguments, *rest: Any, **kwargs: Any) -> Any:
+            at_work = next((c for c in handler.callbacks if isinstance(c, GradESCallback)), self)
+            to_dict, ours = args.to_dict, {"grades": at_work.config.to_dict()}
+            # Every tracker's integration asks for the options of a run in this way, when it begins.
+            args.__dict__["to_dict"] = lambda: {**to_dict(), **ours}
+            try:
+                return begin(args, *rest, **kwargs)
+            finally:
+                args.__dict__.pop("to_dict", None)
+
+        def on_log(
+            args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+        ) -> Any:
+            logs.update(self.metrics(logs))
+            return log(args, state, control, logs, **kwargs)
+
+        handler.__dict__.update(on_train_begin=on_train_begin, on_log=on_log)
 
     def state(self) -> dict[str, Any]:
         """For trainer_state.json: what a resumed run needs, but for the tensors (see `_add_previous_tensors`)."""
@@ -308,7 +354,7 @@ class GradESCallback(TrainerCallback, ExportableState):
                 "GradES: the checkpoint of step %d was made without GradES; nothing is frozen so far.",
                 state.global_step,
             )
-            checkpoint = {"step": state.global_step, "events": [], "below": {}}
+            checkpoint = {"step": state.global_step, "events": [], "criterion": {}}
         elif checkpoint.get("step") != state.global_step:
             raise ValueError(
                 f"the checkpoint contradicts itself: GradES saved its state at step {checkpoint.get('step')!r}, "

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .history import History
 from .inspect import inspect, parse_lora, pattern_or_names
+from .report.page import load_runs, to_html, write_plots
+from .report.status import show
 from .suggest import BY, load_costs, suggest, to_text
 
 
@@ -53,6 +55,35 @@ def _parser() -> argparse.ArgumentParser:
         "--freeze-prefix", action="store_true", default=None, help="as if freeze_prefix were on; default: the run's"
     )
     command.set_defaults(run=_suggest)
+
+    command = commands.add_parser(
+        "status",
+        help="how a run stands, in the terminal",
+        description="Print what is frozen, what that has saved and how near the rest is to its thresholds.",
+    )
+    command.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="directory with grades_history.json")
+    command.add_argument(
+        "--follow", action="store_true", help="wait for the run, show it while it trains, and end with it"
+    )
+    command.set_defaults(run=_status)
+
+    command = commands.add_parser(
+        "report",
+        help="one HTML page on a run, or on several compared",
+        description="Write one HTML page that needs no network: what froze when, the statistic, how training went. "
+        "With several runs also how they compare. Needs the extra `plots`.",
+    )
+    command.add_argument(
+        "run_dirs",
+        metavar="RUN_DIR",
+        nargs="+",
+        type=Path,
+        help="directory with grades_history.json, or the --output of recipes/compare.py",
+    )
+    command.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: report.html")
+    command.add_argument("--plots", metavar="DIR", type=Path, help="also write each plot to a file in DIR")
+    command.add_argument("--format", choices=("svg", "png", "pdf"), default="svg", help="of those files; default: svg")
+    command.set_defaults(run=_report)
     return parser
 
 
@@ -82,14 +113,35 @@ def _suggest(arguments: argparse.Namespace) -> str:
     return to_text(history, found, arguments.by)
 
 
+def _status(arguments: argparse.Namespace) -> str:
+    show(arguments.run_dir, follow=arguments.follow)
+    return ""
+
+
+def _report(arguments: argparse.Namespace) -> str:
+    runs = load_runs(arguments.run_dirs)
+    try:
+        arguments.output.write_text(to_html(runs), encoding="utf-8")
+        files = [arguments.output]
+        if arguments.plots is not None:
+            files += write_plots(runs, arguments.plots, arguments.format)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    except OSError as error:
+        raise ValueError(f"the report cannot be written: {error}") from error
+    return "".join(f"{file}\n" for file in files)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; bad input ends it with one line on stderr and exit status 2."""
+    """Run one command; bad input ends it with one line on stderr and exit status 2, Ctrl-C with status 130."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
         text = arguments.run(arguments)
     except ValueError as error:
         parser.exit(2, f"grades-hf {arguments.command}: error: {error}\n")
+    except KeyboardInterrupt:
+        return 130
     sys.stdout.write(text)
     return 0
 

@@ -50,7 +50,7 @@ class Component:
         parameters: All tensors that freeze, biases included.
         measured: The tensors that the statistic is taken over: `parameters` without biases of full weights.
         adapter: Whether these are the tensors of a PEFT adapter.
-        tau: The threshold that holds for it; set by the engine.
+        tau: The threshold that holds for it, None for criteria without one; set by the engine.
         monitor: The name of its statistic; set by the engine.
         frozen_at: The optimizer step (1-based) that it froze at, or None.
     """
@@ -63,7 +63,7 @@ class Component:
     parameters: tuple[Tensor, ...]
     measured: tuple[Tensor, ...]
     adapter: bool
-    tau: float = float("nan")
+    tau: float | None = None
     monitor: str = ""
     frozen_at: int | None = None
 

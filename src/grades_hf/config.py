@@ -10,8 +10,16 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-MONITORS = ("auto", "gradient_change", "gradient_norm", "weight_change")
+MONITORS = ("auto", "gradient_change", "gradient_norm", "weight_change", "relative_change", "signal_to_noise")
 REDUCTIONS = ("sum", "mean")
+# Criterion -> the options that it takes; the others have their defaults.
+CRITERIA: dict[str, tuple[str, ...]] = {
+    "threshold": ("tau", "patience"),
+    "no_new_minimum": ("window", "smoothing"),
+    "rise": ("rise", "smoothing"),
+    "no_significant_fall": ("window", "significance"),
+    "significant_rise": ("window", "significance"),
+}
 
 
 @dataclass
@@ -23,7 +31,8 @@ class GradESConfig:
     $$ t > \lceil \alpha T \rceil \quad\text{and}\quad G_W(t) < \tau_W \text{ (for `patience` checks in a row)} $$
 
     where `T` is the planned number of optimizer steps and `G_W(t)` the statistic that `monitor` names. It is
-    frozen before the update of step `t`: that update does not touch it any more (Algorithm 1).
+    frozen before the update of step `t`: that update does not touch it any more (Algorithm 1). Other criteria take the
+    place of the second condition; they compare the statistic with its own past and need no `tau`.
 
     Args:
         tau: Threshold on the statistic, the paper's $\tau$ ($\tau_r$ for LoRA; Table 9), greater than 0 and in the
@@ -39,16 +48,31 @@ class GradESConfig:
             The most specific key wins: full name, then name ending or expression (the first one in the mapping that
             matches), then labels, where a projection outweighs a group and a tower together, and a group outweighs a
             tower, then `".*"`. Every key must match a component and every component must get a threshold.
+            Needed by `criterion="threshold"`, refused with any other.
         alpha: Grace ratio in [0, 1), default 0.5 (the paper uses 0.55). Nothing freezes at the first
             `ceil(alpha * T)` optimizer steps, computed in decimal arithmetic: 0.55 of 100 steps are 55.
         monitor: The statistic. `"auto"` (default) takes the paper's choice for each component: gradient_change for
             full weights, gradient_norm for adapters.
             `"gradient_change"`: $\sum_{ij} |g_t - g_{t-1}|$ (Eq. 1); `"gradient_norm"`: $\sum_{ij} |g_t|$ (Eq. 3,
             A and B of a LoRA pair added); `"weight_change"`: $\sum_{ij} |W_{t-1} - W_{t-2}|$, the last completed
-            update, the scale on which thresholds of the PyPI package `grades` live.
+            update, the scale on which thresholds of the PyPI package `grades` live. Two that have no scale (see
+            `monitors/`): `"relative_change"`: $\|g_t - g_{t-1}\|_2 / (\|g_t\|_2 + \|g_{t-1}\|_2)$, which rises
+            towards 0.707 as signal gives way to noise; `"signal_to_noise"`: $\sum_{ij} |\hat m| / \sqrt{\hat v}$ of
+            Adam's moments, which falls.
         reduction: `"sum"` (default, as in the paper) or `"mean"`: divided by the number of measured elements, which
             makes matrices of different size comparable.
+        criterion: The verdict on the values of a component's statistic. `"threshold"` (default): the paper's, `tau`.
+            The others observe from the first step on, also in the grace period, and begin anew as long as the learning
+            rate rises (warm-up). `"no_new_minimum"`: the smoothed statistic has had no new minimum for a `window`;
+            `"rise"`: it has risen by the part `rise` over its minimum; `"no_significant_fall"`, `"significant_rise"`:
+            over the last `window` it has no significant downward trend any more, or has a significant upward one.
         patience: Number of consecutive checks below tau, counted after the grace period, default 1 (as in the paper).
+        window: How far criteria look back: a part of the run if below 1, else a whole number of optimizer steps.
+            Default 0.1.
+        smoothing: Decay per optimizer step of the moving average that `"no_new_minimum"` and `"rise"` look at, in
+            [0, 1); default 0.9, about ten steps. 0: the values as they are.
+        rise: The part of its minimum by which the smoothed statistic has risen, greater than 0; default 0.05.
+        significance: Level of the trend tests, greater than 0 and at most 0.5; default 0.05.
         check_every: Optimizer steps from one check to the next, default 1. Checks are made at steps that
             `check_every` divides. What is measured does not depend on it: always the change over one step.
         target_modules: What to watch, by PEFT's conventions: a list of names or name endings, a regular expression
@@ -85,11 +109,16 @@ class GradESConfig:
         ```
     """
 
-    tau: float | dict[str, float]
+    tau: float | dict[str, float] | None = None
     alpha: float = 0.5
     monitor: str = "auto"
     reduction: str = "sum"
+    criterion: str = "threshold"
     patience: int = 1
+    window: float = 0.1
+    smoothing: float = 0.9
+    rise: float = 0.05
+    significance: float = 0.05
     check_every: int = 1
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -104,6 +133,10 @@ class GradESConfig:
     count_flops: bool = True
 
     def __post_init__(self) -> None:
+        for name, allowed in (("monitor", MONITORS), ("reduction", REDUCTIONS), ("criterion", tuple(CRITERIA))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}.")
+        self._check_criterion()
         pairs: Any = self.tau
         if isinstance(pairs, list) and all(isinstance(item, (list, tuple)) and len(item) == 2 for item in pairs):
             self.tau = dict(pairs)  # from `state_dict`
@@ -115,7 +148,7 @@ class GradESConfig:
                     raise ValueError(f"tau has the key {key!r}; keys are group names or patterns, as strings.")
                 _check_tau(f"tau[{key!r}]", value)
             self.tau = {key: float(value) for key, value in self.tau.items()}
-        else:
+        elif self.tau is not None:
             _check_tau("tau", self.tau)
             self.tau = float(self.tau)
         if not _is_real(self.alpha) or not 0 <= self.alpha < 1:
@@ -124,9 +157,6 @@ class GradESConfig:
                 "(the paper uses 0.55; 1 would never freeze anything)."
             )
         self.alpha = float(self.alpha)
-        for name, allowed in (("monitor", MONITORS), ("reduction", REDUCTIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}.")
         for name, unit in (
             ("patience", "checks"),
             ("check_every", "optimizer steps"),
@@ -165,6 +195,39 @@ class GradESConfig:
         for name in (*switches, "delay_transfer"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+
+    def _check_criterion(self) -> None:
+        """Refuse options that the criterion does not take, and values that they cannot have."""
+        own = CRITERIA[self.criterion]
+        if self.tau is None and "tau" in own:
+            others = ", ".join(repr(name) for name in CRITERIA if "tau" not in CRITERIA[name])
+            raise ValueError(
+                "tau is missing: criterion='threshold' (the default) needs a threshold on the statistic, such as "
+                f"tau=0.5. Criteria without one: {others}."
+            )
+        if self.tau is not None and "tau" not in own:
+            raise ValueError(
+                f"tau={self.tau!r} is a threshold, and criterion={self.criterion!r} has none: leave tau out, or use "
+                "criterion='threshold'."
+            )
+        for option in dataclasses.fields(self):
+            users = [repr(name) for name, options in CRITERIA.items() if option.name in options]
+            if users and option.name not in own and getattr(self, option.name) != option.default:
+                raise ValueError(
+                    f"{option.name}={getattr(self, option.name)!r} is no option of criterion={self.criterion!r}; "
+                    f"it is one of {' and '.join(users)}."
+                )
+        for name, fits, what in (
+            ("window", lambda x: 0 < x < 1 or (x >= 1 and x == int(x)),
+             "a part of the run in (0, 1), or a whole number of optimizer steps"),
+            ("smoothing", lambda x: 0 <= x < 1, "a number in [0, 1): the decay of a moving average per optimizer step"),
+            ("rise", lambda x: x > 0, "a finite number greater than 0: a part of the minimum"),
+            ("significance", lambda x: 0 < x <= 0.5, "a number in (0, 0.5]: the level of a one-sided test"),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not _is_real(value) or not fits(value):
+                raise ValueError(f"{name}={value!r} must be {what}.")
+            setattr(self, name, float(value))
 
     def to_dict(self) -> dict[str, Any]:
         """All options as a dict that JSON can hold; `GradESConfig(**d)` makes an equal config."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from .compilation import Batches
 from .components import Component, survey
 from .config import GradESConfig, is_count
-from .criterion import Threshold, assign_thresholds, grace_steps
+from .criteria import Criterion, Relative, assign_thresholds, grace_steps, make_criterion
 from .distributed import Placeholders, Ranks, refuse
 from .flops import ComputeMeter, Savings
 from .freezer import Freezer, unwrap_optimizers
@@ -31,8 +33,8 @@ logger = logging.getLogger(__name__)
 # The options that decide what is measured, and those that decide what freezes and when.
 SCALE = ("monitor", "reduction", "sample_size")
 RULE = (
-    "tau", "alpha", "patience", "check_every", "target_modules", "exclude_modules", "max_frozen_fraction",
-    "freeze_prefix", "delay_transfer",
+    "tau", "alpha", "criterion", "patience", "window", "smoothing", "rise", "significance", "check_every",
+    "target_modules", "exclude_modules", "max_frozen_fraction", "freeze_prefix", "delay_transfer",
 )  # fmt: skip
 
 _active: WeakKeyDictionary[nn.Module, GradES] = WeakKeyDictionary()
@@ -100,15 +102,16 @@ class GradES:
         if config.sample_size is not None:
             names = {p: f"{c.name}/{place}" for c in self.components for place, p in enumerate(c.measured)}
             sampler = Sampler(config.sample_size, names)
-        self.monitors: dict[str, Monitor] = {
-            name: make_monitor(name, sampler)
-            for name in dict.fromkeys(component.monitor for component in self.components)
-        }
-        self.criterion = Threshold(config.patience)
+        self.criterion = self._new_criterion()
+        self._learning_rate: float | None = None  # the highest so far, where the criterion observes from there on
         self.batches = Batches(model, config.max_recompilations)
         scaler = find_scaler(optimizer) if scaler is None else scaler
         refuse(model, config, optimizer, compiled=self.batches.compiled, scaled=scaler is not None)
         optimizers = unwrap_optimizers(optimizer)
+        self.monitors: dict[str, Monitor] = {
+            name: make_monitor(name, sampler, optimizers)
+            for name in dict.fromkeys(component.monitor for component in self.components)
+        }
         self.scale = GradientScale(optimizers, scaler)
         self.freezer = Freezer(optimizers, patient=self.batches.compiled)
         self.merger = Merger(model, self.components) if config.merge_frozen_adapters else None
@@ -119,6 +122,7 @@ class GradES:
         self.history = History.start(
             self.components, config.to_dict(), total_steps=self.total_steps, t_grace=self.t_grace
         )
+        self._began = time.monotonic()  # less what earlier sessions of a resumed run took
         self._resumed = False
         self._reading: Reading | None = None  # a check that is not decided upon yet
         self.remembers = True  # whether tensors of the last step in a checkpoint are of this statistic
@@ -182,6 +186,7 @@ class GradES:
         skipped = self.scale.remove()
         self._warn_after_resume()
         self._decide()  # upon a delayed check
+        self._watch_warm_up()
         live = self._live()
         if self.t % self.config.check_every == 0:
             values = self.ranks.agree(self._measure(() if skipped else live, live))
@@ -204,11 +209,25 @@ class GradES:
         if self.merger is not None:
             self.merger.refresh()
 
+    def log(self, loss: float | None = None) -> None:
+        """Add a row to `history.logs` (time, components frozen, compute saved); call where the loop logs its loss."""
+        row = {"step": self.t, "seconds": time.monotonic() - self._began, "frozen": len(self.history.events)}
+        if loss is not None:
+            row["loss"] = float(loss)
+        if self.meter is not None and self.meter.measured:
+            savings = self.savings()
+            row["compute_saved"] = savings.fraction
+            self.history.savings = dataclasses.asdict(savings)
+        self.history.record_log(row)
+
     def flush(self) -> None:
-        """Add the last check to the history where `delay_transfer` has left it open; nothing freezes any more."""
+        """Complete the history: nothing freezes any more. The check that `delay_transfer` has left open is added."""
         if self._reading is not None:
             self._record(self._reading)
             self._reading = None
+        if self.meter is not None and self.meter.measured:
+            self.history.savings = dataclasses.asdict(self.savings())
+        self.history.ended = "converged" if self.done else "completed" if self.t >= self.total_steps else "stopped"
 
     def close(self) -> None:
         """End the run: `requires_grad` is as it was before (unless `keep_frozen`), everything kept is freed."""
@@ -246,13 +265,16 @@ class GradES:
             f"{component.tower} {component.group}" if component.tower else component.group
             for component in self.components
         )
-        taus = sorted({component.tau for component in self.components})
-        tau = f"tau {taus[0]:g}" if len(taus) == 1 else f"{len(taus)} values of tau from {taus[0]:g} to {taus[-1]:g}"
+        taus = sorted({component.tau for component in self.components if component.tau is not None})
+        rule = f"criterion {self.criterion.name}"
+        if taus:
+            many = f"{len(taus)} values of tau from {taus[0]:g} to {taus[-1]:g}"
+            rule = f"tau {taus[0]:g}" if len(taus) == 1 else many
         return (
             f"GradES tracks {len(self.components)} components ("
             + ", ".join(f"{number} {group}" for group, number in groups.items())
             + f") with {sum(component.numel for component in self.components):,} parameters; "
-            + f"monitor {', '.join(self.monitors)} ({self.config.reduction}), {tau}; "
+            + f"monitor {', '.join(self.monitors)} ({self.config.reduction}), {rule}; "
             + f"freezing from step {self.t_grace + 1} of {self.total_steps} on."
         )
 
@@ -262,7 +284,7 @@ class GradES:
         if self.history.events:
             steps = [event["step"] for event in self.history.events]
             line += f", between steps {min(steps)} and {max(steps)}"
-        live = {c.name: c.tau for c in self.components if c.frozen_at is None}
+        live = {c.name: c.tau for c in self.components if c.frozen_at is None and c.tau is not None}
         nearest = min(((value / live[n], n) for n, value in self.history.latest().items() if n in live), default=None)
         if nearest is not None:
             line += f"; nearest to its tau of those still trained: {nearest[1]} at {nearest[0]:.3g} x tau"
@@ -278,19 +300,24 @@ class GradES:
                 JSON types only.
 
         Returns:
-            `step`, `events` (what froze when), `below` (patience counters), `config` and `total_steps` (what they were
-            made with), `checksum` (of the history), `reading` (the check that `delay_transfer` has left open, if any);
+            `step`, `seconds` (of training), `events` (what froze when), `criterion` (what it keeps of each
+            component), `learning_rate` (the highest so far, where the criterion asks for it), `config` and
+            `total_steps` (what they were made with), `checksum` (of the history), `reading` (the check that
+            `delay_transfer` has left open, if any);
             and with `tensors` also `history` and `previous` (component name -> one tensor or None for each measured
             tensor).
         """
         state: dict[str, Any] = {
             "step": self.t,
+            "seconds": time.monotonic() - self._began,
             "events": list(self.history.events),
-            "below": dict(self.criterion.below),
+            "criterion": self.criterion.state_dict(),
             "config": self.config.state_dict(),
             "total_steps": self.total_steps,
             "checksum": self.history.checksum(),
         }
+        if self._learning_rate is not None:
+            state["learning_rate"] = self._learning_rate
         if self.prefix is not None:
             state["prefix"] = self.prefix.state_dict()
         if self._reading is not None:
@@ -317,7 +344,11 @@ class GradES:
             ValueError: the state does not fit the model; nothing has been changed then.
         """
         try:
-            step, below = int(state["step"]), {str(name): int(count) for name, count in state["below"].items()}
+            step, criterion = int(state["step"]), self._new_criterion()
+            if dict(state.get("config") or {}).get("criterion", criterion.name) == criterion.name:
+                criterion.load_state_dict(state["criterion"])
+            learning_rate = float(state["learning_rate"]) if "learning_rate" in state else None
+            seconds = float(state.get("seconds", 0.0))
             events = check_events(state["events"])
             previous = {name: list(tensors) for name, tensors in state.get("previous", {}).items()}
             reading = Reading.from_state(state["reading"]) if "reading" in state else None
@@ -326,7 +357,7 @@ class GradES:
         by_name = {component.name: component for component in self.components}
         names = [event["name"] for event in events]
         open_names = () if reading is None else reading.names
-        unknown = sorted({name for name in (*names, *below, *previous, *open_names) if name not in by_name})
+        unknown = sorted({name for name in (*names, *criterion.memory, *previous, *open_names) if name not in by_name})
         if unknown:
             raise ValueError(
                 f"the checkpoint knows components that the model does not have ({', '.join(unknown[:3])}"
@@ -350,8 +381,10 @@ class GradES:
         if self.prefix is not None and "prefix" in state:
             self.prefix.load_state_dict(state["prefix"])
         self.t = step
+        self._began = time.monotonic() - seconds
         self._resumed = True
-        self.criterion.below = {} if changed else below
+        self.criterion = self._new_criterion() if changed else criterion
+        self._learning_rate = learning_rate
         self._reading = None if changed.intersection(SCALE) else reading
         self.history.events = events
         for event in events:
@@ -411,6 +444,7 @@ class GradES:
             raise ValueError("the history is of another statistic (monitor, reduction or sample_size).")
         self.history.steps = history.steps
         self.history.values = history.values
+        self.history.logs = history.logs
 
     def previous_tensors(self) -> dict[Tensor, Tensor]:
         """What the monitors remember of the last step, by parameter; empty where they need no memory."""
@@ -435,13 +469,18 @@ class GradES:
         device = self.components[0].parameters[0].device
         if not live:
             return torch.empty(0, dtype=torch.float64, device=device)
+        number = next(iter(self.monitors.values())).sums  # the same for all: only those with one are combined
+        shape = () if number == 1 else (number,)
         found: dict[Tensor, Tensor] = {}
         for name, monitor in self.monitors.items():
             found |= monitor.measure(p for c in measured if c.monitor == name for p in c.measured)
         if self.ranks.sharded:
             among = [parameter for component in measured for parameter in component.measured]
-            found = dict(zip(found, self.ranks.add_shards(list(found.values()), list(found), among), strict=True))
-        nan, zero = torch.full((), math.nan, device=device), torch.zeros((), device=device)
+            single = [sums.flatten() for sums in found.values()]
+            columns = [[sums[index] for sums in single] for index in range(number)]
+            added = [self.ranks.add_shards(column, list(found), among) for column in columns]
+            found = {p: torch.stack(sums).view(shape) for p, *sums in zip(found, *added, strict=True)}
+        nan, zero = torch.full(shape, math.nan, device=device), torch.zeros(shape, device=device)
         width = max(len(component.measured) for component in live)
         norms: list[Tensor] = []  # for each component `width` of them
         elements: list[int] = []
@@ -455,10 +494,10 @@ class GradES:
             norms += row + [zero] * (width - len(row))
             if self.config.reduction == "mean":
                 elements.append(sum(p.numel() for p in parts))
-        values = _stack(norms, device).view(len(live), width).sum(1)
+        values = _stack(norms, device).view(len(live), width, *shape).sum(1)
         if self.config.reduction == "mean":
-            torch._foreach_div_(list(values.unbind()), [float(max(1, number)) for number in elements])
-        return values
+            torch._foreach_div_(list(values.unbind()), [float(max(1, count)) for count in elements])
+        return next(iter(self.monitors.values())).combine(values)
 
     def _decide(self) -> None:
         """Record the check that is open, if any, and freeze what has converged."""
@@ -466,30 +505,50 @@ class GradES:
             return
         reading, self._reading = self._reading, None
         values = self._record(reading)
-        if reading.step > self.t_grace:
-            self._freeze([component for component in self._live() if component.name in values], values)
+        live = [component for component in self._live() if component.name in values]
+        # Every component's record goes on, also in the grace period, so no short circuit here.
+        converged = [c for c in live if self.criterion.update(c.name, reading.step, values[c.name])]
+        if converged and reading.step > self.t_grace:
+            self._freeze(converged, values)
 
     def _record(self, reading: Reading) -> dict[str, float]:
         values = reading.values()
-        empty = all(value == 0 or math.isnan(value) for value in values.values())  # see Monitor
         for component in self.components:
-            zero_is_a_value = not empty and self.monitors[component.monitor].zero_is_a_value
-            if values.get(component.name) == 0 and not zero_is_a_value:
+            if values.get(component.name) == 0 and not self._is_constant(component, reading.step):
                 values[component.name] = math.nan
         self.history.record(reading.step, values)
         return values
 
-    def _freeze(self, live: Sequence[Component], values: Mapping[str, float]) -> None:
-        # Every component's count goes on, so no short circuit here.
-        converged = [c for c in live if self.criterion.converged(c.name, values[c.name], c.tau)]
-        if not converged:
+    def _is_constant(self, component: Component, step: int) -> bool:
+        """Whether a statistic of exactly 0 is that of a gradient which stays the same, and not of one that is absent.
+
+        Asks the device, but hardly ever. Where the gradient of `step` is not whole or gone by now, the answer is no.
+        """
+        monitor = self.monitors[component.monitor]
+        known = monitor.zero_is_a_value and monitor.sampler is None and not self.ranks.sharded and step == self.t
+        return known and any(p.grad is not None and bool(p.grad.any()) for p in component.measured)
+
+    def _new_criterion(self) -> Criterion:
+        by_name = {component.name: component for component in self.components}
+        return make_criterion(self.config, self.total_steps, lambda name: cast(float, by_name[name].tau))
+
+    def _watch_warm_up(self) -> None:
+        """Let a criterion that compares with the past begin anew where the learning rate is higher than ever before."""
+        groups = [group for optimizer in self.freezer.optimizers for group in optimizer.param_groups]
+        if not isinstance(self.criterion, Relative) or not groups:
             return
+        rate = max(float(group["lr"]) for group in groups)
+        if self._learning_rate is not None and rate > self._learning_rate:
+            self.criterion.forget()
+        self._learning_rate = rate if self._learning_rate is None else max(rate, self._learning_rate)
+
+    def _freeze(self, converged: Sequence[Component], values: Mapping[str, float]) -> None:
         for component in converged:
             component.frozen_at = self.t
             self.history.record_freeze(self.t, component, values[component.name])
             self.freezer.freeze(component.parameters)
             self.monitors[component.monitor].forget(component.measured)
-            self.criterion.below.pop(component.name, None)
+        self.criterion.forget([component.name for component in converged])
         if self.prefix is not None:
             self.prefix.update(self.t)
         if self.batches.due(self._progress):
@@ -505,10 +564,13 @@ class GradES:
         )
         delay = int(self.config.delay_transfer)
         if len(converged) == len(self.components) > 1 and self.t <= self.t_grace + self.config.check_every + delay:
+            has_tau = self.config.tau is not None
             logger.warning(
-                "GradES: every component was below tau at the first check that could freeze it (step %d), so this run "
-                "ends like one that is simply stopped there. tau is probably too large for this model.",
+                "GradES: every component %s at the first check that could freeze it (step %d), so this run "
+                "ends like one that is simply stopped there. %s",
+                "was below tau" if has_tau else "froze",
                 self.t,
+                "tau is probably too large for this model." if has_tau else "Lower alpha to freeze each in its time.",
             )
 
     def _settle(self) -> None:
@@ -542,7 +604,7 @@ def _scale(history: History) -> tuple[dict[str, str], Any, Any]:
 
 
 def _stack(norms: list[Tensor], device: torch.device) -> Tensor:
-    """0-d tensors as one in float64 on `device`, in order; one copy from each other device."""
+    """Tensors of one shape as one in float64 on `device`, in order; one copy from each other device."""
     for other in {norm.device for norm in norms} - {device}:
         indices = [index for index, norm in enumerate(norms) if norm.device == other]
         moved = torch.stack([norms[index] for index in indices]).to(device, non_blocking=True)

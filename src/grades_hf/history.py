@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+import sys
 import zlib
 from array import array
 from collections.abc import Iterable, Mapping
@@ -31,6 +33,13 @@ class History:
         values: Component name -> its statistic at each of `steps`, from the first on; a series ends with the check
             that froze the component. NaN stands for "no finite value was measured" (null in JSON).
         events: One dict per freezing: step, name, value, tau.
+        logs: One dict per training log, in the order of steps: step (optimizer steps so far), seconds (wall time of
+            training so far, that of resumed sessions added; what a killed one lost is not in it), frozen (components),
+            and where they are known loss and compute_saved (the part of the FLOPs so far, 0 to 1).
+        savings: FLOPs up to the last log or the end, as the fields of `Savings`; None where they are not counted.
+        ended: `"converged"` (max_frozen_fraction reached), `"completed"` (all planned steps) or `"stopped"` (earlier,
+            by something else); None while the run is going on, and for one that was killed.
+        versions: Package -> version, of what the run used.
     """
 
     config: dict[str, Any]
@@ -40,6 +49,10 @@ class History:
     steps: list[int] = field(default_factory=list)
     values: dict[str, array[float]] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    logs: list[dict[str, float]] = field(default_factory=list)
+    savings: dict[str, float] | None = None
+    ended: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -53,7 +66,8 @@ class History:
             }
             for c in components
         ]  # fmt: skip
-        return cls(config, total_steps, t_grace, described, values={item["name"]: array("d") for item in described})
+        values = {item["name"]: array("d") for item in described}
+        return cls(config, total_steps, t_grace, described, values=values, versions=_versions())
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Add one check: the statistic of every component that was not frozen before it (NaN: no value)."""
@@ -64,6 +78,13 @@ class History:
     def record_freeze(self, step: int, component: Component, value: float) -> None:
         """Add one freezing; `value` is what fell below the threshold."""
         self.events.append({"step": step, "name": component.name, "value": value, "tau": component.tau})
+
+    def record_log(self, row: dict[str, float]) -> None:
+        """Add one log; a second one at the same step adds only what the first does not say."""
+        if self.logs and self.logs[-1]["step"] == row["step"]:
+            self.logs[-1] = {**row, **self.logs[-1]}
+        else:
+            self.logs.append(row)
 
     @property
     def frozen(self) -> dict[str, int]:
@@ -91,6 +112,8 @@ class History:
         for series in self.values.values():
             del series[checks:]
         self.events = [event for event in self.events if event["step"] <= step]
+        self.logs = [row for row in self.logs if row["step"] <= step]
+        self.savings = self.ended = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types; numbers that are not finite become None."""
@@ -106,6 +129,10 @@ class History:
                 for name, series in self.values.items()
             },
             "events": self.events,
+            "logs": [{key: value if math.isfinite(value) else None for key, value in row.items()} for row in self.logs],
+            "savings": self.savings,
+            "ended": self.ended,
+            "versions": self.versions,
         }
 
     @classmethod
@@ -130,6 +157,10 @@ class History:
                     for name, series in data["values"].items()
                 },
                 events=check_events(data["events"]),
+                logs=[_log(row) for row in data.get("logs", ())],  # older files have none
+                savings=data.get("savings"),
+                ended=data.get("ended"),
+                versions=dict(data.get("versions", {})),
             )
             described = {component["name"]: component["monitor"] for component in history.components}
         except (KeyError, TypeError, AttributeError) as error:
@@ -204,6 +235,20 @@ class History:
         for name, value in zip(table["name"].to_pylist(), table["value"].to_pylist(), strict=True):
             history.values[name].append(value)
         return history
+
+
+def _versions() -> dict[str, str]:
+    """Of Python, of this package, and of those of its field that have been imported."""
+    from . import __version__
+
+    names = ("torch", "transformers", "peft", "accelerate", "trl", "lightning", "bitsandbytes")
+    loaded = {name: str(sys.modules[name].__version__) for name in names if name in sys.modules}
+    return {"python": platform.python_version(), "grades_hf": __version__, **loaded}
+
+
+def _log(row: Mapping[str, Any]) -> dict[str, float]:
+    counts = {key: int(row[key]) for key in ("step", "frozen")}
+    return {key: math.nan if value is None else value for key, value in row.items()} | counts
 
 
 def check_events(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

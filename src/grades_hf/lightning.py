@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -45,8 +46,13 @@ class GradESLightningCallback(Callback):
 
         pl_module.__dict__["configure_gradient_clipping"] = clip_and_check
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        trainer.should_stop |= self.engine is not None and self.engine.done
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        if self.engine is None:
+            return
+        trainer.should_stop |= self.engine.done
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.engine.t and (trainer.should_stop or (every and self.engine.t % every == 0)):
+            self.engine.log(outputs["loss"] if isinstance(outputs, Mapping) else None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if pl_module.__dict__.pop("configure_gradient_clipping", None) is not None and self.engine is not None:

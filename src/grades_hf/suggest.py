@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 
 from .config import is_count
-from .criterion import Threshold, grace_steps
+from .criteria import Threshold, grace_steps
 from .history import History
 from .report.plots import grid_of
 from .report.summary import group_label
@@ -95,7 +95,9 @@ def suggest(
         costs: Shares of a step; default: three equal products a matrix.
         by: What gets a threshold of its own: `"projection"` (q, k, up, ...), `"group"` (attention, mlp, ...), in models
             with several towers those of each tower, or `"all"`.
-        alpha, patience, freeze_prefix: As in `GradESConfig`; default: those of the run.
+        alpha: As in `GradESConfig`; default: that of the run.
+        patience: The same.
+        freeze_prefix: The same.
 
     Raises:
         ValueError: an argument cannot be, the run froze something, or no threshold gives so little compute.
@@ -157,7 +159,7 @@ def replay(history: History, tau: Mapping[str, float], rule: Rule) -> tuple[dict
     Returns:
         Component name -> the step that it freezes at, in that order; and the last step of the run.
     """
-    criterion = Threshold(rule.patience)
+    criterion = Threshold(tau.__getitem__, rule.patience)
     frozen: dict[str, int] = {}
     names = [component["name"] for component in history.components]
     for index, step in enumerate(history.steps):
@@ -167,7 +169,7 @@ def replay(history: History, tau: Mapping[str, float], rule: Rule) -> tuple[dict
         if at > history.total_steps:
             break
         for name in names:
-            if name not in frozen and criterion.converged(name, history.values[name][index], tau[name]):
+            if name not in frozen and criterion.update(name, step, history.values[name][index]):
                 frozen[name] = at
         if len(frozen) / len(names) >= rule.max_frozen_fraction:
             return frozen, at

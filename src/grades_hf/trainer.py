@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, Trainer
 
 from .callback import GradESCallback
 from .config import GradESConfig
+from .report.card import add_to_model_card
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -32,8 +34,10 @@ class GradESTrainerMixin(_Base):
                 f"{type(self).__name__} needs grades=GradESConfig(tau=...); without it, use its base class."
             )
         super().__init__(*args, **kwargs)
-        self.add_callback(GradESCallback(grades))
-        self.grades_callback.on_init_end(self.args, self.state, self.control, model=self.model)
+        callback = GradESCallback(grades)
+        self.add_callback(callback)
+        callback.on_init_end(self.args, self.state, self.control, model=self.model)
+        callback.report_through(self)
 
     @property
     def grades_callback(self) -> GradESCallback:
@@ -66,8 +70,13 @@ class GradESTrainerMixin(_Base):
         flops = engine.meter.take() if engine is not None and engine.meter is not None else None
         return super().floating_point_ops(inputs) if flops is None else flops
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log({**logs, **self.grades_callback.metrics(logs)}, *args, **kwargs)
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The base class's card with a section on GradES (see `add_to_model_card`), as `push_to_hub` uploads it."""
+        super().create_model_card(*args, **kwargs)
+        engine = self.grades_callback.engine
+        if engine is not None and self.is_world_process_zero():
+            assert self.args.output_dir is not None
+            add_to_model_card(Path(self.args.output_dir) / "README.md", engine.history)
 
 
 class GradESTrainer(GradESTrainerMixin, Trainer):

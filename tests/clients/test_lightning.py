@@ -55,11 +55,13 @@ def fit(
     rows: torch.Tensor = ROWS,
     accumulation: int = 2,
     resume: Path | None = None,
+    **more: Any,
 ) -> tuple[Module, Trainer]:
     torch.manual_seed(0)
     module = Module()
     options: dict[str, Any] = {"accelerator": "cpu", "max_steps": STEPS, "gradient_clip_val": CLIP}
     options |= {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options |= more
     trainer = Trainer(
         default_root_dir=folder, accumulate_grad_batches=accumulation, callbacks=list(callbacks), **options
     )
@@ -124,6 +126,17 @@ def test_training_ends_when_all_is_frozen(tmp_path: Path) -> None:
     module, trainer = fit(tmp_path, GradESLightningCallback(tau=1e9, alpha=0.5))
     assert trainer.global_step == 4
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_the_history_has_a_row_per_log(tmp_path: Path) -> None:
+    callback = GradESLightningCallback(**OPTIONS)
+    fit(tmp_path, callback, accumulation=1, log_every_n_steps=4)
+    assert callback.engine is not None
+    history = callback.engine.history
+    assert [row["step"] for row in history.logs] == [4]
+    assert history.logs[0]["frozen"] == 4
+    assert 4.0 < history.logs[0]["loss"] < 4.4, "near log(64)"
+    assert history.ended == "completed"
 
 
 class ByHand(Module):

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from grades_hf import GradESConfig
 from recipes.arguments import (
+    NO_TAU,
     RENAMED,
     ArmArguments,
     DataArguments,
@@ -69,6 +70,23 @@ def test_yaml_alone(config: Path) -> None:
     assert grades_config(freezing) == GradESConfig(
         tau={"attention": 0.5, "mlp": 2.0}, patience=3, exclude_modules=".*down_proj"
     )
+
+
+def test_criteria_without_tau() -> None:
+    _, _, freezing, *_ = parse(TYPES, ["--task", "siqa", "--criterion", "no_new_minimum", "--window", "0.2"])
+    assert grades_config(freezing) == GradESConfig(criterion="no_new_minimum", window=0.2)
+    _, _, freezing, *_ = parse(TYPES, ["--task", "siqa", "--criterion", "rise", "--tau", "0.5"])
+    with pytest.raises(ValueError, match="tau=0.5 is a threshold"):
+        grades_config(freezing)
+    observed = grades_config(freezing, observe=True)
+    assert observed is not None
+    assert (observed.criterion, observed.tau) == ("threshold", NO_TAU)
+    _, _, freezing, *_ = parse(TYPES, ["--task", "siqa", "--patience", "3"])
+    with pytest.raises(ValueError, match="tau is missing"):
+        grades_config(freezing)
+    observed = grades_config(freezing, observe=True)
+    assert observed is not None
+    assert observed.patience == 3
 
 
 def test_the_command_line_wins(config: Path) -> None:

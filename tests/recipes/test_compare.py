@@ -113,6 +113,8 @@ def test_a_failing_cell_is_named_and_the_others_are_run(
         results = {"steps_run": 1, "steps_planned": 2, "compute": {"used": 1.0}, "seconds": {"training": 1.0}}
         results["evaluation"] = {"task": cell.task, "after": {"loss": 2.0}}
         (cell.folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+        audit = {"arguments": cell.arguments, "config": config, "commit": "abc", "versions": {"torch": "1.2"}}
+        cell.audit.write_text(json.dumps(audit), encoding="utf-8")
         return True
 
     monkeypatch.setattr(compare, "run_cell", run)
@@ -122,7 +124,9 @@ def test_a_failing_cell_is_named_and_the_others_are_run(
     assert calls == ["none 1", "es 1", "none 2", "es 2"]
     compare.main(argv)
     assert calls[4:] == ["es 1"]
-    assert "4 of 4 runs" in (tmp_path / "grid" / "comparison.md").read_text(encoding="utf-8")
+    page = (tmp_path / "grid" / "comparison.md").read_text(encoding="utf-8")
+    assert "4 of 4 runs" in page
+    assert "Run at commit abc with torch 1.2." in page
 
 
 @pytest.mark.parametrize(

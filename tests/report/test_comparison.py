@@ -104,15 +104,13 @@ def test_the_files(tmp_path: Path) -> None:
 
 def test_the_figure_shows_every_arm_and_fills_the_best() -> None:
     found = ways("loss")
-    ax = plot_comparison(found, "loss").axes[0]
-    assert {text.get_text() for text in ax.texts} == {way.arm for way in found}
-    filled = {
-        way.arm
-        for way, bars in zip(found, ax.containers, strict=True)
-        if bars.lines[0].get_markerfacecolor() != "white"
-    }
-    assert filled == {"stop", "twin", "worse"}
-    assert ax.yaxis_inverted()
+    spec = plot_comparison(found, "loss").to_dict()
+    points = next(layer for layer in spec["layer"] if layer["mark"]["type"] == "point")
+    rows = spec["data"]["values"]
+    assert {row["arm"] for row in rows} == {way.arm for way in found}
+    assert {row["arm"] for row in rows if row["best"]} == {"stop", "twin", "worse"}
+    assert points["encoding"]["fillOpacity"]["condition"]["test"] == "datum.best"
+    assert points["encoding"]["y"]["scale"]["reverse"] is True
 
 
 def test_what_was_not_counted_is_said() -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.patches import Rectangle
 
 from grades_hf import History
 from grades_hf.report import plot_freezing_map, plot_run, plot_statistic
-from grades_hf.report.plots import NEVER
+from grades_hf.report.plots import MOST_POINTS, OKABE_ITO, all_plots, plot_progress, save_chart, theme, thin
 
 from .histories import PROJECTIONS, history
 
@@ -29,68 +27,181 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def layers(chart: Any, mark: str, style: str | None = None) -> list[dict[str, Any]]:
+    """The layers of this mark (and style), with their rows as `rows`."""
+    spec = chart.to_dict()
+    found = []
+    for layer in spec["layer"]:
+        if layer["mark"]["type"] == mark and layer["mark"].get("style") == style:
+            found.append(
+                {
+                    **layer,
+                    "rows": spec["datasets"][layer["data"]["name"]]
+                    if "name" in layer["data"]
+                    else layer["data"]["values"],
+                }
+            )
+    return found
+
+
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_it_draws(shape: str, tmp_path: Path) -> None:
-    figure = plot_run(history(**SHAPES[shape]), tmp_path / "run.png")
+    plot_run(history(**SHAPES[shape]), tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 10_000
-    assert len(figure.axes) == 3  # two figures and the colour bar
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    for axes in figure.axes:
-        labels = [label.get_window_extent(renderer) for label in axes.get_xticklabels() if label.get_text()]
-        assert not any(left.overlaps(right) for left, right in pairwise(labels))
 
 
-def test_a_run_that_was_not_begun_draws_too() -> None:
+@pytest.mark.parametrize("ending", ["svg", "PNG", "pdf", "html"])
+def test_the_ending_decides_the_format(ending: str, tmp_path: Path) -> None:
+    plot_run(history(), tmp_path / f"run.{ending}")
+    begins = {"svg": b"<svg", "PNG": b"\x89PNG", "pdf": b"%PDF", "html": b"<!DOCTYPE html>"}[ending]
+    content = (tmp_path / f"run.{ending}").read_bytes()
+    assert content.lstrip().startswith(begins)
+    assert b"cdn.jsdelivr" not in content
+
+
+def test_another_ending_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run.jpeg' must end in one of .png, .svg, .pdf, .html"):
+        plot_run(history(), tmp_path / "run.jpeg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_not_begun_draws_too(tmp_path: Path) -> None:
     run = history(frozen=0.0)
     run.truncate(0)
-    axes = plot_statistic(run)
-    assert "no values were measured" in [text.get_text() for text in axes.texts]
-    plot_freezing_map(run)
+    assert "no values were measured" in json.dumps(plot_statistic(run).to_dict())
+    plot_run(run, tmp_path / "run.png")
+    assert list(all_plots(run)) == ["freezing_map", "statistic", "frozen"]
 
 
 def test_medians_and_quartiles() -> None:
     run = history(layers=4, projections=("q",), frozen=0.0, steps=4)
     for layer in range(4):
         run.values[f"None.{layer}.q.0"][1] = layer + 1.0
-    axes = plot_statistic(run)
-    line = axes.lines[0]
-    assert list(line.get_xdata()) == [2, 3, 4]  # no value at the first check
-    assert line.get_ydata()[0] == 2.5
-    band = axes.collections[0].get_paths()[0].vertices
-    assert {1.75, 3.25} <= {y for x, y in band.tolist() if x == 2}
+    (line,) = layers(plot_statistic(run), "line")
+    assert [row["step"] for row in line["rows"]] == [2, 3, 4]  # no value at the first check
+    assert {key: line["rows"][0][key] for key in ("low", "median", "high", "count")} == {
+        "low": 1.75, "median": 2.5, "high": 3.25, "count": 4,
+    }  # fmt: skip
 
 
 def test_thresholds_are_drawn() -> None:
     def levels(run: History) -> set[float]:
-        return {line.get_ydata()[0] for line in plot_statistic(run).lines if list(line.get_xdata()) == [0, 1]}
+        return {row["tau"] for layer in layers(plot_statistic(run), "rule", "tau") for row in layer["rows"]}
 
     assert levels(history(tau=(1.0, 2.0))) == {1.0, 2.0}
     assert levels(history(tau=(0.5, 0.5))) == {0.5}
+    assert levels(history(tau=(1e-300, 1e-300))) == set()  # would leave no room for the values
+    run = history()
+    for component in run.components:
+        component["tau"] = None
+    assert levels(run) == set()
+
+
+def test_the_grace_period_and_the_end_are_shown() -> None:
+    run = history(steps=20, planned=24)
+    (area,) = layers(plot_statistic(run), "rect", "grace")
+    assert area["rows"] == [{"step": 0, "to": 12}]
+    (rule,) = layers(plot_statistic(run), "rule", "end")
+    assert rule["rows"] == [{"step": 20}]
+    assert "recorded so far" in json.dumps(plot_statistic(run).to_dict())
+    run.ended = "converged"
+    assert "training ended" in json.dumps(plot_statistic(run).to_dict())
+    assert not layers(plot_statistic(history(steps=24)), "rule", "end")
 
 
 def test_the_map_shows_what_froze_when() -> None:
     run = history(layers=2, projections=("q", "up"), frozen=0.0)
     run.events = [{"step": 13, "name": "None.1.q.0", "value": 0.1, "tau": 1.0}]
-    axes = plot_freezing_map(run)
-    cells = {(p.get_x() + 0.5, p.get_y() + 0.5): p for p in axes.patches if isinstance(p, Rectangle)}
-    assert set(cells) == {(0, 0), (0, 1), (1, 0), (1, 1)}
-    hatched = {place for place, patch in cells.items() if patch.get_hatch()}
-    assert hatched == {(0, 0), (1, 0), (1, 1)}
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["q", "up"]
-    legend = axes.get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == ["never frozen"]
-    assert legend.get_patches()[0].get_hatch()
-    assert NEVER.lower() == "#e4e4e4"
+    chart = plot_freezing_map(run)
+    (frozen,) = layers(chart, "rect", "cell")
+    (never,) = layers(chart, "rect", "never")
+    (crosses,) = layers(chart, "rule", "cross")
+    assert [(row["name"], row["step"], row["x"], row["y"]) for row in frozen["rows"]] == [("None.1.q.0", 13, 0, 1)]
+    assert {(row["x"], row["y"]) for row in never["rows"]} == {(0, 0), (1, 0), (1, 1)}
+    assert crosses["rows"] == never["rows"]
+    assert frozen["rows"][0]["about"] == "None.1.q.0: frozen at step 13, value 0.1, τ 1, 10 parameters"
+    axis = frozen["encoding"]["x"]["axis"]
+    assert axis["values"] == [0.5, 1.5]
+    assert '["q", "up"]' in axis["labelExpr"]
 
 
-def test_matplotlib_is_loaded_only_when_something_is_drawn() -> None:
-    code = "import sys, grades_hf.report; sys.exit('matplotlib' in sys.modules)"
+@pytest.mark.parametrize("experts", [1, 2, 8, 128])
+def test_cells_neither_overlap_nor_leave_their_place(experts: int) -> None:
+    run = history(layers=2, projections=("q", "up"), frozen=0.5, experts=experts)
+    chart = plot_freezing_map(run)
+    cells = [row for style in ("cell", "never") for layer in layers(chart, "rect", style) for row in layer["rows"]]
+    assert len(cells) == len(run.components)
+    for place in {(row["name"].split(".")[1], row["name"].split(".")[2]) for row in cells}:
+        here = [row for row in cells if tuple(row["name"].split(".")[1:3]) == place]
+        assert all(int(place[0]) <= row["y"] < row["y2"] <= int(place[0]) + 1 for row in here)
+        for one in here:
+            for other in here:
+                apart = one["x2"] <= other["x"] + 1e-3 or other["x2"] <= one["x"] + 1e-3
+                apart |= one["y2"] <= other["y"] + 1e-3 or other["y2"] <= one["y"] + 1e-3
+                assert apart or one is other
+
+
+def test_frozen_fraction_step_time_and_loss() -> None:
+    run = history(layers=2, projections=("q", "up"), frozen=0.0)
+    run.events = [
+        {"step": step, "name": f"None.{layer}.q.0", "value": 0.1, "tau": 1.0} for step, layer in ((13, 0), (15, 1))
+    ]
+    run.logs = [
+        {"step": 4, "seconds": 4.0, "frozen": 0, "loss": 2.0},
+        {"step": 8, "seconds": 6.0, "frozen": 0, "loss": float("nan")},
+    ]
+    charts = plot_progress(run)
+    rows = {
+        name: [(r["step"], r["value"]) for r in layers(chart, "line", "plain")[0]["rows"]]
+        for name, chart in charts.items()
+    }
+    assert rows == {
+        "frozen": [(0, 0.0), (13, 0.25), (15, 0.5), (20, 0.5)],
+        "step_time": [(4, 1.0), (8, 0.5)],
+        "loss": [(4, 2.0)],
+    }
+
+
+def test_long_runs_are_thinned_to_every_kth_check() -> None:
+    assert thin(range(MOST_POINTS)) == range(MOST_POINTS)
+    assert list(thin(range(2 * MOST_POINTS + 1)))[:2] == [0, 3]
+    assert list(thin(range(2 * MOST_POINTS)))[-2:] == [2 * MOST_POINTS - 2, 2 * MOST_POINTS - 1]
+    run = history(layers=1, projections=("q",), steps=3000, planned=4000, frozen=0.0)
+    (line,) = layers(plot_statistic(run), "line")
+    assert len(line["rows"]) <= MOST_POINTS + 1
+    assert "1,001 of 3,000 checks are drawn" in json.dumps(plot_statistic(run).to_dict())
+
+
+def test_more_groups_than_colours_differ_by_dashes() -> None:
+    run = history(layers=1, projections=tuple(f"k{i}" for i in range(8)), frozen=0.0)
+    for number, component in enumerate(run.components):
+        component["group"] = f"g{number}"
+    assert len(run.components) > len(OKABE_ITO)
+    (line,) = layers(plot_statistic(run), "line")
+    assert "range" in line["encoding"]["strokeDash"]["scale"]
+
+
+def test_labels_are_data_and_never_code(tmp_path: Path) -> None:
+    run = history(layers=1, projections=('"]+warn("x")+["',), frozen=0.0)
+    chart = plot_freezing_map(run)
+    save_chart(chart, tmp_path / "map.svg")
+    assert "warn" in (tmp_path / "map.svg").read_text(encoding="utf-8")
+
+
+def test_themes_have_the_same_parts() -> None:
+    light, dark = theme(), theme(dark=True)
+    assert light.keys() == dark.keys()
+    assert light["style"].keys() == dark["style"].keys()
+    assert light["background"] != dark["background"]
+
+
+def test_altair_is_loaded_only_when_something_is_drawn() -> None:
+    code = "import sys, grades_hf.report, grades_hf.cli; sys.exit(bool({'altair', 'vl_convert'} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_missing_matplotlib_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+@pytest.mark.parametrize("package", ["altair", "vl_convert"])
+def test_a_missing_package_is_explained(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"pip install 'grades-hf\[plots\]'"):
         plot_statistic(history())

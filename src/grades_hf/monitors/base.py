@@ -20,8 +20,8 @@ class Monitor(ABC):
     A monitor sees single tensors; the engine adds the values of a component's tensors up. Those that compare two
     steps keep the tensor of the step before in `previous` and free it in `forget`.
 
-    A check in which every value is exactly 0 has none (the engine sees to that): the batch had nothing to learn from
-    (no labels), or there was no update.
+    Exactly 0 is no value (the engine sees to that): the batch had nothing to teach this matrix (no labels, an idle
+    expert whose gradient is filled with zeros), or there was no update.
 
     Args:
         sampler: Which elements to look at; None (default) for all of them.
@@ -29,14 +29,16 @@ class Monitor(ABC):
     Attributes:
         name: The statistic's name in `GradESConfig.monitor`.
         compares_steps: Whether it needs `previous`, so that its first check yields no value.
-        zero_is_a_value: Whether exactly 0 for one matrix says something about it, or only that there was no update.
+        zero_is_a_value: Whether exactly 0 is a value all the same where the gradient itself is not 0.
+        sums: How many sums over elements the statistic is made of, see `combine`.
         previous: What was remembered, by parameter: tensors like it, or with a sampler (n,) elements of them. Always
             empty for a monitor that looks at one step only.
     """
 
     name: ClassVar[str]
     compares_steps: ClassVar[bool] = True
-    zero_is_a_value: ClassVar[bool] = True
+    zero_is_a_value: ClassVar[bool] = False
+    sums: ClassVar[int] = 1
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         self.previous: dict[Tensor, Tensor] = {}
@@ -52,7 +54,7 @@ class Monitor(ABC):
         return self.source(parameter) is not None
 
     def measure(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """The statistic of each parameter as a 0-d tensor on its device, in float32 or better.
+        """The statistic of each parameter as a 0-d tensor on its device, in float32 or better; (sums,) if several.
 
         Left out are those that do not take part, and those that have nothing to compare with.
         """
@@ -60,13 +62,18 @@ class Monitor(ABC):
         if self.sampler is not None:
             sources = self._samples = {p: self.sampler.take(p, source) for p, source in sources.items()}
         now = list(sources.values())
-        if self.compares_steps:
-            norms = l1_distances(now, [self.previous[parameter] for parameter in sources])
-        else:
-            norms = l1_norms(now)
+        norms = self.norms(now, [self.previous[parameter] for parameter in sources] if self.compares_steps else None)
         if self.sampler is not None and norms:
             torch._foreach_mul_(norms, [self.sampler.factor(parameter) for parameter in sources])
         return dict(zip(sources, norms, strict=True))
+
+    def norms(self, now: list[Tensor], before: list[Tensor] | None) -> list[Tensor]:
+        """What `measure` returns, of tensors and those of the step before (None: looks at one step only)."""
+        return l1_norms(now) if before is None else l1_distances(now, before)
+
+    def combine(self, sums: Tensor) -> Tensor:
+        """The statistic of components from sums over all their elements: (n,) from (n,), or (n, sums) if several."""
+        return sums
 
     def remember(self, parameters: Iterable[Tensor]) -> None:
         """Keep what the check at the next step needs of these parameters, and nothing of others.

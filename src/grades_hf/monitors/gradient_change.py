@@ -23,9 +23,13 @@ class GradientChange(Monitor):
     copied. Where a buffer lives on (`set_to_none=False`, a view of a communication bucket) it is copied. The first step
     is copied in any case, and what happens to its buffer tells which loop this is; should a loop later write to a
     buffer that was kept, the buffer's version shows it: that one comparison is left out and copying begins.
+
+    A change of exactly 0 is a value where the gradient stays the same, and none where it is 0 in both steps; with
+    `delay_transfer`, a sample or sharded parameters it is never one, since the gradient is gone or not whole.
     """
 
     name = "gradient_change"
+    zero_is_a_value = True
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         super().__init__(sampler)

@@ -1,4 +1,4 @@
-"""L1 norms of tensors and of differences of tensors: exact to float32, without temporaries of the size of a matrix.
+"""Norms of tensors and of differences of tensors: exact to float32, without temporaries of the size of a matrix.
 
 Of a sharded tensor each is that of this rank's shard; the engine adds them up.
 """
@@ -19,7 +19,7 @@ _CHUNK_ACCELERATOR = 1 << 23
 
 def l1_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """`sum |tensor|` of each as a 0-d tensor on its device, in float32 or better."""
-    return _l1([local(tensor) for tensor in tensors], None)
+    return _sums([local(tensor) for tensor in tensors], None, 1)
 
 
 def l1_distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
@@ -28,35 +28,46 @@ def l1_distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
     Both are read once, in pieces along the first dimension; the difference is formed in float32 or better, also for
     half-precision arguments (in bfloat16 it would lose most of its digits).
     """
-    return _l1([local(tensor) for tensor in a], [local(tensor) for tensor in b])
+    return _sums([local(tensor) for tensor in a], [local(tensor) for tensor in b], 1)
 
 
-def _l1(a: list[Tensor], b: list[Tensor] | None) -> list[Tensor]:
+def squares(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`sum tensor^2` of each, as `l1_norms`."""
+    return _sums([local(tensor) for tensor in tensors], None, 2)
+
+
+def square_distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    """`sum (a[i] - b[i])^2` for each `i`, as `l1_distances`."""
+    return _sums([local(tensor) for tensor in a], [local(tensor) for tensor in b], 2)
+
+
+def _sums(a: list[Tensor], b: list[Tensor] | None, power: int) -> list[Tensor]:
     if any(tensor.device.type != "cpu" for tensor in a):
-        return _grouped(a, b, _CHUNK_ACCELERATOR)
-    return [_on_cpu(tensor, None if b is None else b[index]) for index, tensor in enumerate(a)]
+        return _grouped(a, b, _CHUNK_ACCELERATOR, power)
+    return [_on_cpu(tensor, None if b is None else b[index], power) for index, tensor in enumerate(a)]
 
 
-def _on_cpu(a: Tensor, b: Tensor | None) -> Tensor:
+def _on_cpu(a: Tensor, b: Tensor | None, power: int) -> Tensor:
     """Piece by piece, which stays in the cache between the difference and the sum.
 
     Not `torch.linalg.vector_norm`: on a CPU that adds up in a few float32 lanes, which is 2 % off for 4096 x 4096
     elements, and it takes several times as long.
     """
     if a.numel() <= _CHUNK_CPU:
-        return _absolute(a, b).sum()
+        return _power(a, b, power).sum()
     rows = max(1, _CHUNK_CPU // a[0].numel())
     others = (None,) * a.shape[0] if b is None else b.split(rows)
-    return torch.stack([_absolute(x, y).sum() for x, y in zip(a.split(rows), others, strict=b is not None)]).sum()
+    return torch.stack([_power(x, y, power).sum() for x, y in zip(a.split(rows), others, strict=b is not None)]).sum()
 
 
-def _absolute(a: Tensor, b: Tensor | None) -> Tensor:
-    if b is not None:
-        return _difference(a, b).abs_()
-    return a.abs() if _is_full(a) else a.float().abs_()
+def _power(a: Tensor, b: Tensor | None, power: int) -> Tensor:
+    if b is None and _is_full(a):
+        return a.abs() if power == 1 else a.square()
+    work = a.float() if b is None else _difference(a, b)
+    return work.abs_() if power == 1 else work.square_()
 
 
-def _grouped(a: list[Tensor], b: list[Tensor] | None, chunk: int) -> list[Tensor]:
+def _grouped(a: list[Tensor], b: list[Tensor] | None, chunk: int, power: int = 1) -> list[Tensor]:
     """A few kernels for many small tensors and for each piece of a large one; no transfer to the host.
 
     `_foreach_norm` adds up in a tree there, in float32 or better.
@@ -69,8 +80,8 @@ def _grouped(a: list[Tensor], b: list[Tensor] | None, chunk: int) -> list[Tensor
         else:
             work = [_difference(piece, other) for _, piece, other in group if other is not None]
         dtype = torch.promote_types(work[0].dtype, torch.float32)
-        for index, part in zip(indices, torch._foreach_norm(work, 1, dtype), strict=True):
-            parts[index].append(part)
+        for index, part in zip(indices, torch._foreach_norm(work, power, dtype), strict=True):
+            parts[index].append(part if power == 1 else part.square())
     return [part[0] if len(part) == 1 else torch.stack(part).sum() for part in parts]
 
 

@@ -19,7 +19,6 @@ class WeightChange(Monitor):
     """
 
     name = "weight_change"
-    zero_is_a_value = False
 
     def source(self, parameter: Tensor) -> Tensor | None:
         return parameter.detach()

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from .plots import OKABE_ITO, figure_type
+from .plots import load_altair, save_chart, theme
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from altair import LayerChart
 
 AVERAGE = "average"
 # Of a results.json: what the quality of a run is, and whether more of it is better.
@@ -161,20 +161,19 @@ def comparison_csv(ways: Sequence[Way], metric: str) -> str:
     return text.getvalue()
 
 
-def comparison_markdown(ways: Sequence[Way], metric: str) -> str:
-    """The table in the paper's shape: an arm a row, a benchmark a column, and what it cost.
+def comparison_table(ways: Sequence[Way], metric: str) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table in the paper's shape: an arm a row, a benchmark a column, and what it cost.
 
-    Accuracies are in percent. FLOPs are also given as parts of the largest arm's. Bold: not dominated.
+    Accuracies are in percent. FLOPs are also given as parts of the largest arm's.
     """
-    best = non_dominated(ways, metric)
     percent = METRICS[metric]
     names = [] if not ways else list(ways[0].quality)
     heads = ["arm", "seeds", *(f"{name} {metric}{' (%)' if percent else ''}" for name in names), "steps"]
     heads += ["training FLOPs", "validation FLOPs", "compute", "training s", "validation s", "saving s"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     largest = max((way.compute for way in ways), default=math.nan)
+    rows = []
     for way in ways:
-        cells = [f"**{way.arm}**" if way.arm in best else way.arm, str(way.seeds)]
+        cells = [way.arm, str(way.seeds)]
         for name in names:
             estimate = way.quality[name]
             scaled = Estimate(100 * estimate.value, 100 * estimate.error) if percent else estimate
@@ -182,61 +181,92 @@ def comparison_markdown(ways: Sequence[Way], metric: str) -> str:
             cells.append(f"{scaled.value:.{2 if percent else 4}f}{error}")
         cells.append(f"{way.steps:.0f} of {way.planned:.0f}")
         cells += [_number(way.training), _number(way.validation), _number(way.compute / largest, ".1%")]
-        cells += [f"{way.seconds[name]:.1f}" for name in ("training", "validation", "saving")]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells + [f"{way.seconds[name]:.1f}" for name in ("training", "validation", "saving")])
+    return heads, rows
+
+
+def comparison_markdown(ways: Sequence[Way], metric: str) -> str:
+    """`comparison_table` as markdown. Bold: not dominated."""
+    best = non_dominated(ways, metric)
+    heads, rows = comparison_table(ways, metric)
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for arm, *cells in rows:
+        lines.append("| " + " | ".join([f"**{arm}**" if arm in best else arm, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot_comparison(ways: Sequence[Way], metric: str, path: str | os.PathLike[str] | None = None) -> Figure:
+def plot_comparison(ways: Sequence[Way], metric: str, path: str | os.PathLike[str] | None = None) -> LayerChart:
     """The average quality against the compute, standard errors as bars; a line joins what is not dominated.
 
     Args:
         ways: What `compare` returns.
         metric: As there.
-        path: Where to save it; the ending decides the format. Default: not saved.
+        path: Where to save it; the ending decides the format (.png, .svg, .pdf, .html). Default: not saved.
 
     Raises:
-        ValueError: there is nothing to show, or the FLOPs of an arm were not counted.
-        ImportError: matplotlib is not installed.
+        ValueError: there is nothing to show, the FLOPs of an arm were not counted, or `path` has another ending.
+        ImportError: altair is not installed.
     """
     if not ways or any(math.isnan(way.compute) for way in ways):
         missing = ", ".join(way.arm for way in ways if math.isnan(way.compute)) or "no arm is finished"
         raise ValueError(f"the figure needs the FLOPs of every arm, and has them not ({missing}).")
-    figure = figure_type()(figsize=(7.2, 4.8), layout="constrained")
-    ax = figure.subplots()
+    alt = load_altair()
     best = non_dominated(ways, metric)
-    scale = 100 if METRICS[metric] else 1
-    front = sorted((way for way in ways if way.arm in best), key=lambda way: way.compute)
-    ax.plot(
-        [way.compute for way in front], [scale * way.quality[AVERAGE].value for way in front],
-        color="#999999", linewidth=1.0, zorder=1, label="not dominated",
-    )  # fmt: skip
-    for index, way in enumerate(ways):
-        estimate, color = way.quality[AVERAGE], OKABE_ITO[index % len(OKABE_ITO)]
+    percent = METRICS[metric]
+    scale = 100 if percent else 1
+    points = []
+    for way in ways:
+        estimate = way.quality[AVERAGE]
         error = 0.0 if math.isnan(estimate.error) else scale * estimate.error
-        point = (way.compute, scale * estimate.value)
-        ax.errorbar(
-            *point, yerr=error, color=color, marker="o", markersize=9, markeredgewidth=1.6, capsize=3,
-            markerfacecolor=color if way.arm in best else "white", linestyle="none", zorder=2,
+        value = scale * estimate.value
+        points.append(
+            {
+                "arm": way.arm, "compute": way.compute, "quality": value, "low": value - error, "high": value + error,
+                "best": way.arm in best, "text": str(Estimate(value, estimate.error * scale)),
+            }
         )  # fmt: skip
-        ax.annotate(way.arm, point, xytext=(8, 5), textcoords="offset points", fontsize=9, color="#222222")
-    ax.set_xlabel("FLOPs of training and validation, counted")
-    ax.set_ylabel(f"{metric}{' (%), more' if METRICS[metric] else ', less'} is better")
-    seeds = sorted({way.seeds for way in ways})
-    errors = "" if seeds == [1] else ", with standard error"
-    ax.set_title(
-        f"Mean over {' to '.join(map(str, seeds))} seeds{errors}; filled: not dominated", fontsize=11, loc="left"
+    arms = [way.arm for way in ways]
+    x = alt.X(
+        "compute:Q",
+        title="FLOPs of training and validation, counted",
+        axis=alt.Axis(format="~s", tickCount=5),
+        scale=alt.Scale(zero=False, padding=24),
     )
-    if not METRICS[metric]:
-        ax.invert_yaxis()  # better is up
-    ax.margins(x=0.12, y=0.15)
-    ax.grid(color="#DDDDDD", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=9, frameon=False)
+    title = f"{metric}{' (%), more' if percent else ', less'} is better"
+    y = {"title": title, "axis": alt.Axis(format="~g", tickCount=6)}
+    y["scale"] = alt.Scale(zero=False, padding=18, reverse=not percent)  # better is up
+    # Shapes besides colours: more arms than colours, and print.
+    legend = alt.Legend(title=None, orient="bottom", columns=4, symbolSize=110)
+    color = alt.Color("arm:N", scale=alt.Scale(domain=arms), legend=legend)
+    shape = alt.Shape("arm:N", scale=alt.Scale(domain=arms), legend=legend)
+    base = alt.Chart(alt.Data(values=points))
+    front = base.transform_filter("datum.best").mark_line(style="front", aria=False)
+    marks = base.mark_point(size=130, strokeWidth=2, opacity=1).encode(
+        x=x, y=alt.Y("quality:Q", **y), color=color, shape=shape,
+        fillOpacity=alt.condition("datum.best", alt.value(1), alt.value(0)), fill=color,
+        tooltip=["arm:N", alt.Tooltip("compute:Q", title="FLOPs", format=".4~s"), alt.Tooltip("text:N", title=metric)],
+    )  # fmt: skip
+    seeds = sorted({way.seeds for way in ways})
+    of = "One seed" if seeds == [1] else f"Mean over {' to '.join(map(str, seeds))} seeds with standard error"
+    chart: LayerChart = (
+        alt.layer(
+            front.encode(x=x, y=alt.Y("quality:Q", **y), order="compute:Q"),
+            base.mark_rule(strokeWidth=1.5, aria=False).encode(x=x, y=alt.Y("low:Q", **y), y2="high:Q", color=color),
+            marks,
+        )
+        .properties(
+            width=520,
+            height=340,
+            title=alt.TitleParams(
+                "Quality against compute", subtitle=f"{of}. Filled, joined: no other one is better for less."
+            ),
+            description=f"Scatter plot of {title} against the FLOPs, of {', '.join(arms)}.",
+        )
+        .configure(**theme())
+    )
     if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+        save_chart(chart, path)
+    return chart
 
 
 def _scores(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:

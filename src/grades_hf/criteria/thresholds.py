@@ -1,46 +1,53 @@
-"""From values to verdicts: which threshold holds for a component, and when it has been below it for long enough."""
+"""The paper's criterion: which threshold holds for a component, and whether it has been below it for long enough."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Mapping, Sequence
 
-from .components import Component, matches
-
-
-def grace_steps(alpha: float, total_steps: int) -> int:
-    r"""$t_{grace} = \lceil \alpha T \rceil$, in decimal arithmetic: 0.55 of 100 steps are 55, not 56."""
-    return math.ceil(Fraction(str(alpha)) * total_steps)
+from ..components import Component, matches
+from .base import Criterion
 
 
-class Threshold:
-    r"""Algorithm 1's test: $G_W(t) < \tau_W$, for `patience` checks in a row.
+class Threshold(Criterion):
+    r"""Algorithm 1's test: $t > t_{grace}$ and $G_W(t) < \tau_W$, for `patience` checks in a row.
 
     A check without a value, or with one that is not finite, is not below any threshold and starts the count anew.
+
+    Args:
+        tau: From a component's name to its threshold.
+        patience: Checks in a row, 1 or more, counted after the grace period.
+        grace: $t_{grace}$.
     """
 
-    def __init__(self, patience: int = 1) -> None:
-        self.patience = patience
-        self.below: dict[str, int] = {}  # component name -> checks below tau, in a row
+    name = "threshold"
+    sizes = range(1, 2)  # checks below tau, in a row
 
-    def converged(self, name: str, value: float, tau: float) -> bool:
-        """Whether the component called `name` has converged, given its value (NaN: none) at one more check."""
-        count = self.below.get(name, 0) + 1 if math.isfinite(value) and value < tau else 0
-        self.below[name] = count
+    def __init__(self, tau: Callable[[str], float], patience: int = 1, grace: int = 0) -> None:
+        super().__init__()
+        self.tau = tau
+        self.patience = patience
+        self.grace = grace
+
+    def update(self, name: str, step: int, value: float) -> bool:
+        if step <= self.grace:
+            return False
+        (count,) = self.memory.get(name, (0,))
+        count = count + 1 if math.isfinite(value) and value < self.tau(name) else 0
+        self.memory[name] = [count]
         return count >= self.patience
 
 
-def assign_thresholds(components: Sequence[Component], tau: float | Mapping[str, float]) -> None:
-    """Set `tau` of every component by the rule in `GradESConfig`'s docstring.
+def assign_thresholds(components: Sequence[Component], tau: float | Mapping[str, float] | None) -> None:
+    """Set `tau` of every component by the rule in `GradESConfig`'s docstring; None for none.
 
     Raises:
         ValueError: a key that matches no component, or a component that no key matches.
     """
     if not isinstance(tau, Mapping):
         for component in components:
-            component.tau = float(tau)
+            component.tau = None if tau is None else float(tau)
         return
     weights: dict[str, dict[str, int]] = {}  # key -> component name -> how specific the match is
     labels = {label for component in components for label in _labels(component)}

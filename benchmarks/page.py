@@ -1,0 +1,214 @@
+"""Write docs/benchmarks.md (`python -m benchmarks.page`): the tables of benchmarks/results, and nothing typed by hand.
+
+Also fills in the measured figures of docs/method_card.md and the tables of docs/studies.md, which stand between
+`<!-- KEY -->` and `<!-- -->` there.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, CARD, STUDIES = DOCS / "benchmarks.md", DOCS / "method_card.md", DOCS / "studies.md"
+
+HEADER = """# Benchmarks
+
+Made by `python -m benchmarks.page` from `benchmarks/results/*.json`; the tests check that it is up to date. Each part
+names its command, commit and machine. Nothing here was measured on a GPU. Ratios compare runs side by side in one
+process; the spread is that of the rounds.
+"""
+
+
+def load(name: str) -> dict[str, Any]:
+    """One file of benchmarks/results."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def origin(found: dict[str, Any]) -> str:
+    """Command, commit, machine and versions, as one paragraph."""
+    machine, versions = found["machine"], found["versions"]
+    return (
+        f"`{found['command']}` at commit {found['commit'][:7]}, {machine['threads']} thread of an {machine['cpu']} "
+        f"({machine['system']}), {', '.join(f'{name} {version}' for name, version in versions.items())}.\n"
+    )
+
+
+def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table; the first `left` columns to the left, the others to the right."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows]) + "\n"
+
+
+def percent(value: float) -> str:
+    """Two significant digits below 1 %, one decimal above."""
+    return f"{100 * value:.2f} %" if value < 0.01 else f"{100 * value:.1f} %"
+
+
+def spread(found: dict[str, float], form: Any) -> str:
+    """Median and range."""
+    return f"{form(found['median'])} ({form(found['min'])} to {form(found['max'])})"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def overhead() -> str:
+    found = load("overhead")
+    parts = [
+        "## What watching costs\n",
+        "What monitoring adds to a bare step of SmolLM2-135M's shape, as a part of that step, and what it keeps in "
+        "memory from step to step, as a part of the model. Median, and range in brackets. *limit*: how many times as "
+        "long as PyTorch takes to read the two tensors once. FLOP counting is off; it slows at most one step in 25 on "
+        "average.\n",
+        origin(found),
+    ]
+    for mode, rows in found["results"].items():
+        lines = [
+            [
+                f"`{name}`" if name != "peer" else "peer: PyPI package `grades`",
+                spread(row["hook_share"], percent),
+                percent(row["kept_share_of_model"]) if row["kept_bytes"] else "nothing",
+                spread(row["over_bandwidth_limit"], lambda x: f"{x:.1f}") if "over_bandwidth_limit" in row else "",
+            ]
+            for name, row in rows.items()
+            if name != "bare"
+        ]
+        parts += [f"### {TITLES[mode]}\n", table(["monitoring", "part of a step", "kept", "limit"], lines)]
+    return "\n".join(parts)
+
+
+TITLES = {"full": "All weights", "lora": "LoRA of rank 16 on all linear layers"}
+
+
+def step_cost() -> str:
+    found = load("step_cost")
+    parts = [
+        "## What a step costs when parts are frozen\n",
+        "SmolLM2-135M's shape, batch 1 x 64, LM head included, as a part of the step with nothing frozen. FLOPs are "
+        "counted and exact; times are medians with their range, on a machine that did other things as well. *cut*: "
+        "with `freeze_prefix`; *merged*: with `merge_frozen_adapters`.\n",
+        origin(found),
+    ]
+    for setting, rows in found["results"].items():
+        method, _, checkpointing = setting.partition(", checkpointing ")
+        title = TITLES[method] + ("" if checkpointing == "none" else f", {checkpointing} checkpointing")
+        lines = [
+            [name, ratio(row["flops_ratio"]), spread(row["time_ratio"], ratio) if "time_ratio" in row else ""]
+            for name, row in rows.items()
+        ]
+        parts += [f"### {title}\n", table(["frozen", "FLOPs", "time"], lines)]
+    return "\n".join(parts)
+
+
+def memory() -> str:
+    found = load("memory")
+    parts = [
+        "## Memory\n",
+        "Peak of one step in MB (10^6 bytes): weights, gradients, optimizer state, and what the monitor keeps.\n",
+        origin(found),
+    ]
+    for mode, rows in found["results"].items():
+        states = list(next(row for name, row in rows.items() if name != "no monitoring"))
+        lines = [
+            [
+                "peer: PyPI package `grades`" if name == "peer" else name if name == "no monitoring" else f"`{name}`",
+                *(f"{row[state]['peak'] / 1e6:.0f}" if state in row else "" for state in states),
+            ]
+            for name, row in rows.items()
+        ]
+        frozen = [f"frozen: {state}" for state in states]
+        parts += [f"### {TITLES[mode]}, peak\n", table(["monitoring", *frozen], lines)]
+    return "\n".join(parts)
+
+
+def sampling_error() -> str:
+    found = load("sampling_error")
+    lines = [
+        [
+            f"`{name.split(', ')[0]}`",
+            name.split(", ")[1].split()[0],
+            *(percent(row[k]) for k in ("median", "p90", "worst")),
+        ]
+        for name, row in found["results"].items()
+    ]
+    return "\n".join(
+        [
+            "## The error of a sample\n",
+            "Relative error (root mean square over samples) of the statistic with `sample_size`, over the matrices of "
+            "SmolLM2-135M-Instruct on 8 rows of Social IQa.\n",
+            origin(found),
+            table(["monitor", "elements", "median matrix", "nine of ten below", "worst"], lines),
+        ]
+    )
+
+
+def figures() -> dict[str, str]:
+    """The measured figures of the method card, by key."""
+    watching, cost = load("overhead")["results"]["lora"], load("step_cost")["results"]
+    top = "all but the top block, cut"
+    return {
+        "lora_overhead": percent(watching["gradient_norm"]["hook_share"]["median"]),
+        "lora_overhead_10": percent(watching["gradient_norm, check_every=10"]["hook_share"]["median"]),
+        "top_block": ratio(cost["full, checkpointing none"][top]["flops_ratio"]),
+        "top_block_checkpointing": ratio(cost["full, checkpointing non-reentrant"][top]["flops_ratio"]),
+        "forward": ratio(cost["full, checkpointing none"]["forward pass alone"]["flops_ratio"]),
+    }
+
+
+def render() -> str:
+    """The whole page of benchmarks."""
+    return "\n".join([HEADER, overhead(), step_cost(), memory(), sampling_error()])
+
+
+def study(name: str) -> str:
+    """The table of a study, from the comparison.csv of its grid."""
+    with open(RESULTS / name / "comparison.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    full = next(float(row["training FLOPs"]) for row in rows if row["arm"] == "none")
+    quality = next(column for column in rows[0] if column.endswith(" loss") and not column.startswith("average"))
+    lines = []
+    for row in rows:
+        training, validation = float(row["training FLOPs"]), float(row["validation FLOPs"])
+        lines.append(
+            [
+                f"`{row['arm']}`",
+                f"{float(row[quality]):.4f} ± {float(row[f'{quality} standard error']):.4f}",
+                f"{float(row['steps']):.0f} of {float(row['steps planned']):.0f}",
+                ratio((training + validation) / full),
+                ratio(validation / full) if validation else "",
+            ]
+        )
+    heads = ["arm", f"loss, mean of {rows[0]['seeds']} seeds", "steps", "compute", "of it validation"]
+    return f"\n\n{table(heads, lines)}\n"
+
+
+def studies() -> dict[str, str]:
+    """The tables of docs/studies.md, by key."""
+    return {folder.name: study(folder.name) for folder in sorted(RESULTS.glob("study_*"))}
+
+
+def fill(text: str, values: dict[str, str]) -> str:
+    """The page `text` with `values` in their places.
+
+    Raises:
+        ValueError: a value has none.
+    """
+    for key, value in values.items():
+        filled = f"<!-- {key} -->{value}<!-- -->"
+        text, count = re.subn(f"<!-- {key} -->.*?<!-- -->", lambda _, filled=filled: filled, text, flags=re.DOTALL)
+        if not count:
+            raise ValueError(f"there is no place for {key}: <!-- {key} --><!-- -->.")
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
+    for path, values in ((CARD, figures()), (STUDIES, studies())):
+        path.write_text(fill(path.read_text(encoding="utf-8"), values), encoding="utf-8")

@@ -1,0 +1,37 @@
+"""When has a component converged? One file for each kind of criterion, behind one small protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..config import GradESConfig
+from .base import Criterion, Relative, checks, grace_steps
+from .no_new_minimum import NoNewMinimum
+from .rise import Rise
+from .thresholds import Threshold, assign_thresholds
+from .trend import NoSignificantFall, SignificantRise
+
+__all__ = [
+    "Criterion", "NoNewMinimum", "NoSignificantFall", "Relative", "Rise", "SignificantRise", "Threshold",
+    "assign_thresholds", "grace_steps", "make_criterion",
+]  # fmt: skip
+
+
+def make_criterion(config: GradESConfig, total_steps: int, tau: Callable[[str], float]) -> Criterion:
+    """A fresh criterion.
+
+    Args:
+        config: Its name and options.
+        total_steps: Planned number of optimizer steps T.
+        tau: From a component's name to its threshold; asked by `"threshold"` only.
+    """
+    window = checks(config.window, total_steps, config.check_every)
+    beta = config.smoothing**config.check_every
+    makers: dict[str, Callable[[], Criterion]] = {
+        Threshold.name: lambda: Threshold(tau, config.patience, grace_steps(config.alpha, total_steps)),
+        NoNewMinimum.name: lambda: NoNewMinimum(window, beta),
+        Rise.name: lambda: Rise(config.rise, beta),
+        NoSignificantFall.name: lambda: NoSignificantFall(window, config.significance),
+        SignificantRise.name: lambda: SignificantRise(window, config.significance),
+    }
+    return makers[config.criterion]()
