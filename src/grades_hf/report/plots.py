@@ -107,7 +107,7 @@ def save_chart(chart: Any, path: str | os.PathLike[str]) -> None:
     ending = path.suffix.lower()
     if ending not in FORMATS:
         raise ValueError(f"path={str(path)!r} must end in one of {', '.join(FORMATS)}: the ending decides the format.")
-    chart.save(str(path), format=ending[1:], inline=True, scale_factor=3 if ending == ".png" else 1)
+    chart.save(str(path), format=ending[1:], inline=ending == ".html", scale_factor=3 if ending == ".png" else 1)
 
 
 def theme(*, dark: bool = False) -> dict[str, Any]:
@@ -400,14 +400,14 @@ def _progress(history: History) -> dict[str, Any]:
     alt = load_altair()
     total = max(len(history.components), 1)
     fractions = {0: 0.0}
-    for number, event in enumerate(history.events, start=1):
-        fractions[event["step"]] = number / total  # of several at one step the last
+    for number, step in enumerate(sorted(history.frozen.values()), start=1):
+        fractions[step] = number / total  # of several at one step the last
     fractions[last_step(history)] = len(history.events) / total
-    times, step, seconds = [], 0.0, 0.0
+    times, before, seconds = [], 0.0, 0.0
     for row in history.logs:
-        if row["step"] > step and row["seconds"] >= seconds:
-            times.append((row["step"], (row["seconds"] - seconds) / (row["step"] - step)))
-        step, seconds = row["step"], row["seconds"]
+        if row["step"] > before and row["seconds"] >= seconds:
+            times.append((row["step"], (row["seconds"] - seconds) / (row["step"] - before)))
+        before, seconds = row["step"], row["seconds"]
     losses = [(row["step"], row["loss"]) for row in history.logs if math.isfinite(row.get("loss", math.nan))]
 
     def chart(points: Sequence[tuple[float, float]], title: str, y_title: str, **options: Any) -> Any:
