@@ -39,6 +39,7 @@ def test_means_and_standard_errors_over_seeds() -> None:
     assert way.quality["siqa"].value == way.quality["average"].value == pytest.approx(0.6)
     assert way.quality["siqa"].error == pytest.approx(0.1 / math.sqrt(3))  # 0.1: their standard deviation
     assert (way.steps, way.planned, way.compute, way.seconds["training"]) == (10, 20, 6, 3)
+    assert "average" not in comparison_markdown(ways, "acc")  # of one benchmark it is the same
 
 
 def test_tasks_are_columns_whose_costs_add_up() -> None:
@@ -49,6 +50,7 @@ def test_tasks_are_columns_whose_costs_add_up() -> None:
     assert way.quality["average"].value == pytest.approx((0.6 + 0.6 + 0.7 + 0.1) / 4)
     assert way.quality["average"].error == pytest.approx(0.1)  # of the seeds' averages, 0.6 and 0.4
     assert (way.steps, way.compute, way.seconds["training"]) == (20, 12, 6)
+    assert "| average acc (%) |" in comparison_markdown([way], "acc")
 
 
 def test_a_mixture_counts_as_its_benchmarks() -> None:

@@ -164,10 +164,13 @@ def comparison_csv(ways: Sequence[Way], metric: str) -> str:
 def comparison_table(ways: Sequence[Way], metric: str) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the table in the paper's shape: an arm a row, a benchmark a column, and what it cost.
 
-    Accuracies are in percent. FLOPs are also given as parts of the largest arm's.
+    Accuracies are in percent; their average is left out where there is one benchmark only. FLOPs are also given as
+    parts of the largest arm's.
     """
     percent = METRICS[metric]
     names = [] if not ways else list(ways[0].quality)
+    if len(names) == 2:  # the average of one benchmark is that benchmark
+        names.remove(AVERAGE)
     heads = ["arm", "seeds", *(f"{name} {metric}{' (%)' if percent else ''}" for name in names), "steps"]
     heads += ["training FLOPs", "validation FLOPs", "compute", "training s", "validation s", "saving s"]
     largest = max((way.compute for way in ways), default=math.nan)
