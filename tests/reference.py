@@ -16,8 +16,9 @@ step, sums in float64.
 Where the paper leaves a choice open: at step 1 there is no previous gradient and so no value (the paper starts from 0);
 `patience` asks for several checks below tau in a row, counted after the grace period; a check is made at steps that
 `check_every` divides, of the change over one step all the same; `weight_change` is the size of the last completed
-update, |W_{t-1} - W_{t-2}| with W_s the weight after s updates; exactly 0 is no value (there was no update, or nothing
-to learn from), but for the change of a gradient that is not 0 itself.
+update, |W_{t-1} - W_{t-2}| with W_s the weight after s updates, and no value where that is exactly 0: there was none;
+exactly 0 is no value either where there was nothing to learn from: every value of a check is 0, or this matrix has had
+another value before, and the gradient itself is 0.
 """
 
 from __future__ import annotations
@@ -154,11 +155,14 @@ def train(
                 value = sum((now.double() - before.double()).abs().sum().item() for now, before in pairs)
                 if reduction == "mean":
                     value /= sum(w.numel() for w in measured)
-                constant = monitor == "gradient_change" and any(now.any() for now, _ in pairs)
-                if value != 0 or constant:
+                if value > 0 or monitor != "weight_change":  # exactly 0: there was no update
                     now_at[name] = value
 
+        empty = all(value is None or value == 0 or math.isnan(value) for value in now_at.values())
         for name, value in now_at.items():
+            constant = any(w.grad is not None and w.grad.any() for w in tracked[name][0])
+            if value == 0 and not constant and (empty or any(values[name].values())):
+                value = None
             if value is not None:
                 values[name][step] = value
             if step <= t_grace:

@@ -85,8 +85,9 @@ def result(trainer: Trainer, callback: GradESCallback) -> dict[str, Any]:
 
 
 def record(history: History) -> dict[str, Any]:
-    """The history but for its times."""
+    """The history but for its times, and for the versions of what happened to be imported."""
     kept = history.to_dict()
+    del kept["versions"]
     kept["logs"] = [{key: value for key, value in row.items() if key != "seconds"} for row in kept["logs"]]
     return kept
 

@@ -193,7 +193,7 @@ def check_command(words: list[str]) -> None:
     Raises:
         ValueError, SystemExit: something of it does not exist.
     """
-    program, rest = words[0], words[1:]
+    program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
     if program == "grades-hf":
         cli._parser().parse_args(rest)
     elif program == "make":

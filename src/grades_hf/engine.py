@@ -513,19 +513,23 @@ class GradES:
 
     def _record(self, reading: Reading) -> dict[str, float]:
         values = reading.values()
+        nothing = all(value == 0 or math.isnan(value) for value in values.values())
         for component in self.components:
-            if values.get(component.name) == 0 and not self._is_constant(component, reading.step):
+            if values.get(component.name) == 0 and not self._zero_counts(component, reading.step, nothing):
                 values[component.name] = math.nan
         self.history.record(reading.step, values)
         return values
 
-    def _is_constant(self, component: Component, step: int) -> bool:
-        """Whether a statistic of exactly 0 is that of a gradient which stays the same, and not of one that is absent.
-
-        Asks the device, but hardly ever. Where the gradient of `step` is not whole or gone by now, the answer is no.
-        """
+    def _zero_counts(self, component: Component, step: int, nothing: bool) -> bool:
+        """Whether a statistic of exactly 0 is a value (see `Monitor`); `nothing`: no component has another one."""
         monitor = self.monitors[component.monitor]
-        known = monitor.zero_is_a_value and monitor.sampler is None and not self.ranks.sharded and step == self.t
+        if not monitor.zero_is_a_value:
+            return False
+        if not nothing and not any(value > 0 for value in self.history.values[component.name]):
+            return True  # it takes part, and never has had a gradient
+        # A gradient that stays the same changes by 0. This asks the device, but hardly ever; where the gradient is not
+        # whole or gone by now, the answer is no.
+        known = monitor.sampler is None and not self.ranks.sharded and step == self.t
         return known and any(p.grad is not None and bool(p.grad.any()) for p in component.measured)
 
     def _new_criterion(self) -> Criterion:

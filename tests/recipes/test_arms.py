@@ -119,8 +119,9 @@ def test_the_quality_is_the_loss_of_rows_that_nothing_was_trained_on(config: lis
     assert not (asked[0] | asked[1]) & tested
 
 
-def test_early_stopping_as_in_the_paper(config: list[str], tmp_path: Path) -> None:
-    options = ["--arm", "es", "--learning_rate", "3e-2"]  # too large to learn anything for long
+@pytest.mark.parametrize("learning_rate", ["1e-9", "1.0"])  # too small to get better by delta, and too large
+def test_early_stopping_as_in_the_paper(learning_rate: str, config: list[str], tmp_path: Path) -> None:
+    options = ["--arm", "es", "--learning_rate", learning_rate]
     results = trained(config, tmp_path / "es", *options)
     log = json.loads((tmp_path / "es" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
@@ -131,7 +132,8 @@ def test_early_stopping_as_in_the_paper(config: list[str], tmp_path: Path) -> No
         best, without = min(best, losses[step]), 0 if better else without + 1
         if without == 3:
             break
-    assert step == results["steps_run"] < STEPS
+    assert step == results["steps_run"]
+    assert learning_rate == "1.0" or step == 8  # the first validation, and three that are no better
     plan = finetune.prepare([*config, *options])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "es")
     tokenizer = load_tokenizer(str(tmp_path / "es"))

@@ -20,8 +20,10 @@ class Monitor(ABC):
     A monitor sees single tensors; the engine adds the values of a component's tensors up. Those that compare two
     steps keep the tensor of the step before in `previous` and free it in `forget`.
 
-    Exactly 0 is no value (the engine sees to that): the batch had nothing to teach this matrix (no labels, an idle
-    expert whose gradient is filled with zeros), or there was no update.
+    Exactly 0 is no value where there was another one before, or where all have it (the engine sees to that): the batch
+    had nothing to teach this matrix (no labels, an idle expert whose gradient is filled with zeros). A matrix whose
+    gradient has always been 0 while others learn has the value 0, so that it freezes; and so has one whose gradient
+    stays the same, for a statistic of its change.
 
     Args:
         sampler: Which elements to look at; None (default) for all of them.
@@ -29,7 +31,7 @@ class Monitor(ABC):
     Attributes:
         name: The statistic's name in `GradESConfig.monitor`.
         compares_steps: Whether it needs `previous`, so that its first check yields no value.
-        zero_is_a_value: Whether exactly 0 is a value all the same where the gradient itself is not 0.
+        zero_is_a_value: Whether exactly 0 can be a value at all; not where it says that there was no update.
         sums: How many sums over elements the statistic is made of, see `combine`.
         previous: What was remembered, by parameter: tensors like it, or with a sampler (n,) elements of them. Always
             empty for a monitor that looks at one step only.
@@ -37,7 +39,7 @@ class Monitor(ABC):
 
     name: ClassVar[str]
     compares_steps: ClassVar[bool] = True
-    zero_is_a_value: ClassVar[bool] = False
+    zero_is_a_value: ClassVar[bool] = True
     sums: ClassVar[int] = 1
 
     def __init__(self, sampler: Sampler | None = None) -> None:

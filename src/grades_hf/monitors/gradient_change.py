@@ -24,12 +24,11 @@ class GradientChange(Monitor):
     is copied in any case, and what happens to its buffer tells which loop this is; should a loop later write to a
     buffer that was kept, the buffer's version shows it: that one comparison is left out and copying begins.
 
-    A change of exactly 0 is a value where the gradient stays the same, and none where it is 0 in both steps; with
-    `delay_transfer`, a sample or sharded parameters it is never one, since the gradient is gone or not whole.
+    A change of exactly 0 is a value where the gradient stays the same, and none where it is 0 in both steps, unless it
+    always was (see `Monitor`). With `delay_transfer`, a sample or shards the first is not told from the second.
     """
 
     name = "gradient_change"
-    zero_is_a_value = True
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         super().__init__(sampler)
