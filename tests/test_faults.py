@@ -150,7 +150,7 @@ def test_what_a_killed_save_left_is_cleaned_up(whole, tmp_path):
     (tmp_path / stale).write_text("half of a his")
     history.save(tmp_path / "h.json")
     assert [path.name for path in tmp_path.iterdir()] == ["h.json"]
-    assert History.load(tmp_path / "h.json").to_dict() == whole.history
+    assert record(History.load(tmp_path / "h.json")) == whole.history
 
 
 def _names_seen(history: History, file: Path) -> set[str]:
