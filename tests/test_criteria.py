@@ -291,7 +291,8 @@ def test_any_run_freezes_what_the_twin_freezes(
     assert whole.engine.frozen == expected(whole.engine.history, config)
     assert again.engine.history.to_dict()["values"] == whole.engine.history.to_dict()["values"]
     assert again.engine.frozen == whole.engine.frozen
-    assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
+    for name, weight in whole.weights.items():  # a few seeds diverge, to NaN
+        torch.testing.assert_close(again.weights[name], weight, rtol=0, atol=0, equal_nan=True, msg=name)
     other = run(kind, config, seed, order=order)
     assert other.engine.frozen == whole.engine.frozen
 
