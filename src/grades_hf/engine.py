@@ -538,8 +538,10 @@ class GradES:
 
     def _watch_warm_up(self) -> None:
         """Let a criterion that compares with the past begin anew where the learning rate is higher than ever before."""
+        if not isinstance(self.criterion, Relative):
+            return
         groups = [group for optimizer in self.freezer.optimizers for group in optimizer.param_groups]
-        if not isinstance(self.criterion, Relative) or not groups:
+        if not groups:
             return
         rate = max(float(group["lr"]) for group in groups)
         if self._learning_rate is not None and rate > self._learning_rate:
