@@ -24,16 +24,13 @@ CRITERIA: dict[str, tuple[str, ...]] = {
     "significant_rise": ("window", "significance"),
     "pflug": ("window",),
 }
-# Criterion (or "budget") -> defaults of the options that depend on it; "" stands for all others.
+# Criterion -> defaults of the options that depend on it; "" stands for all others.
 DEFAULTS: dict[str, dict[str, float]] = {
     "threshold": {"alpha": 0.5, "quorum": 0.0, "max_frozen_fraction": 1.0},
     "rise": {"alpha": 0.0, "quorum": 0.5, "max_frozen_fraction": 0.5},
     "": {"alpha": 0.0, "quorum": 0.0, "max_frozen_fraction": 1.0},
 }
-BUDGET = {"budget", "smoothing"}  # the options of a budget, which takes a criterion's place
 
-THAWING = ("threshold", "no_new_minimum", "rise")  # criteria that a single value can contradict
-STANDSTILL = ("weight_change", "signal_to_noise", "evidence")  # monitors that need updates or moments
 WINDOW = "a part of the run in (0, 1), or a whole number of optimizer steps"
 
 
@@ -69,7 +66,7 @@ class GradESConfig:
             matches), then labels, where a projection outweighs a group and a tower together, and a group outweighs a
             tower, then `".*"`. Every key must match a component and every component must get a threshold.
             Needed by `criterion="threshold"`, refused with any other.
-        alpha: Grace ratio in [0, 1). Default: 0.5 with a threshold (the paper uses 0.55), half of a `budget`, else 0.
+        alpha: Grace ratio in [0, 1). Default: 0.5 with a threshold (the paper uses 0.55), else 0.
             Nothing freezes at the first `ceil(alpha * T)` optimizer steps, computed in decimal arithmetic: 0.55 of 100
             steps are 55.
         monitor: The statistic. `"auto"` (default) takes, with a threshold, the paper's choice for each component:
@@ -97,18 +94,13 @@ class GradESConfig:
         patience: Number of consecutive checks below tau, counted after the grace period, default 1 (as in the paper).
         window: How far criteria look back (`"pflug"`: how far at least): a part of the run if below 1, else a whole
             number of optimizer steps. Default 0.1.
-        smoothing: Decay per optimizer step of the moving average that `"no_new_minimum"`, `"rise"` and `budget` look
+        smoothing: Decay per optimizer step of the moving average that `"no_new_minimum"` and `"rise"` look
             at, in [0, 1). Default: that of an average over a tenth of the run, but not less than 10 steps (0.9) or more
             than 100 (0.99). 0: the values as they are.
         rise: The part of its minimum by which the smoothed statistic has risen, greater than 0; default 0.5.
         significance: Level of the trend tests, greater than 0 and at most 0.5; default 0.05.
         quorum: The part of the components, in [0, 1], that must be frozen or have converged at a check, before any that
             has converged freezes. Default: 0.5 with `"rise"`, else 0 (each by itself).
-        budget: In place of a criterion and its `tau`: the part of the planned compute, in (0, 1), that the run may use.
-            After the grace period components freeze one after another, what has risen most over its own minimum first,
-            at such a pace that training ends within the budget, as near to it as can be (see `criteria/budget.py`).
-            Compute is what `GradES.savings()` counts, validation is not in it. `alpha` must be less than the budget,
-            and is half of it by default. Default None.
         check_every: Optimizer steps from one check to the next, default 1. Checks are made at steps that
             `check_every` divides. What is measured does not depend on it: always the change over one step.
         target_modules: What to watch, by PEFT's conventions: a list of names or name endings, a regular expression
@@ -118,13 +110,6 @@ class GradESConfig:
         max_frozen_fraction: Training ends when this part of the components, in (0, 1], is frozen. Default: 0.5 with
             `"rise"`, else 1.0.
         skip_validation: Default True: no evaluation pass during training. False: evaluation goes on as usual.
-        thaw: How long a matrix stays frozen before it is probed, and again that long after each probe: a part of the
-            run if below 1, else a whole number of optimizer steps. Default None: what is frozen stays frozen. A probe
-            computes its gradient again, for one step or two, without an update; it is made where a matrix of the same
-            block or the next ones has been trained since. The matrix is trained again, with new optimizer state, if
-            its value says that the criterion would not freeze it: not below tau, or for `"no_new_minimum"` and
-            `"rise"` below the minimum that the smoothed statistic had (see `thaw.py`). For statistics of gradients,
-            and for these criteria, alone or combined.
         keep_frozen: Default False: after training `requires_grad` is as it was before. True: what was frozen stays.
         sample_size: Number of elements, 1 or more, that the statistic is estimated from in each tensor: a fixed random
             sample of it. Default None: all of them, exactly. 1024 elements have a relative error of 5 % in the median
@@ -165,12 +150,10 @@ class GradESConfig:
     rise: float = 0.5
     significance: float = 0.05
     quorum: float | None = None
-    budget: float | None = None
     check_every: int = 1
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     max_frozen_fraction: float | None = None
-    thaw: float | None = None
     skip_validation: bool = True
     keep_frozen: bool = False
     sample_size: int | None = None
@@ -184,9 +167,7 @@ class GradESConfig:
         for name, allowed in (("monitor", MONITORS), ("reduction", REDUCTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}.")
-        self._check_budget()
         self._check_criterion()
-        self._check_thaw()
         pairs: Any = self.tau
         if isinstance(pairs, list) and all(isinstance(item, (list, tuple)) and len(item) == 2 for item in pairs):
             self.tau = dict(pairs)  # from `state_dict`
@@ -253,34 +234,6 @@ class GradESConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
 
-    def _check_budget(self) -> None:
-        """Refuse what does not go together with a budget."""
-        if self.budget is None:
-            return
-        if not _is_real(self.budget) or not 0 < self.budget < 1:
-            raise ValueError(
-                f"budget={self.budget!r} must be a number in (0, 1): the part of the planned compute that the run may "
-                "use. Leave it out to train on without one."
-            )
-        self.budget = float(self.budget)
-        default = type(self).criterion
-        criterion = self.criterion if self.criterion != default else None
-        for name, value in (("criterion", criterion), ("tau", self.tau), ("quorum", self.quorum or None)):
-            if value is not None:
-                raise ValueError(
-                    f"{name}={value!r} and budget={self.budget} both say when a matrix freezes: leave one of them out."
-                )
-        if self.count_flops is False:
-            raise ValueError(
-                f"budget={self.budget} is kept by counting FLOPs, and count_flops=False counts none: leave count_flops "
-                "out, or use a criterion instead of budget."
-            )
-        if self.alpha is not None and _is_real(self.alpha) and self.budget <= self.alpha < 1:
-            raise ValueError(
-                f"budget={self.budget} is out of reach with alpha={self.alpha}: nothing freezes in that part of the "
-                f"run, which costs as much already. Lower alpha, such as alpha={self.budget / 2:g}, or raise budget."
-            )
-
     def _check_criterion(self) -> None:
         """Refuse options that the criterion does not take, and values that they cannot have."""
         names = self.rule.split("+") if isinstance(self.criterion, str) else []
@@ -293,8 +246,6 @@ class GradESConfig:
         if self.criterion != "auto":
             self.criterion = "+".join(names)
         rule, own = f"criterion={self.rule!r}", self._options()
-        if self.budget is not None:
-            rule, own = f"budget={self.budget}", BUDGET
         self._check_signs("pflug" in names, len(names))
         if self.tau is None and "tau" in own:
             others = ", ".join(repr(name) for name in CRITERIA if "tau" not in CRITERIA[name])
@@ -327,28 +278,6 @@ class GradESConfig:
                 raise ValueError(f"{name}={value!r} must be {what}.")
             setattr(self, name, float(value))
 
-    def _check_thaw(self) -> None:
-        """Refuse what cannot be thawed."""
-        if self.thaw is None:
-            return
-        if not _is_real(self.thaw) or not _is_window(self.thaw):
-            raise ValueError(f"thaw={self.thaw!r} must be {WINDOW}, or None for never.")
-        self.thaw = float(self.thaw)
-        if self.budget is not None or not set(self.rule.split("+")).intersection(THAWING):
-            rule = f"criterion={self.rule!r}" if self.budget is None else f"budget={self.budget}"
-            raise ValueError(
-                f"thaw={self.thaw} does not work with {rule}, which no single value can contradict: leave thaw out, or "
-                f"use criterion {' or '.join(map(repr, THAWING))}."
-            )
-        if self.monitor in STANDSTILL:
-            raise ValueError(
-                f"thaw={self.thaw} does not work with monitor={self.monitor!r}, which says nothing of a matrix that is "
-                "not updated: use a statistic of its gradient."
-            )
-        for name in ("freeze_prefix", "merge_frozen_adapters", "delay_transfer"):
-            if getattr(self, name):
-                raise ValueError(f"{name}=True does not work with thaw={self.thaw}: leave one of them out.")
-
     def _check_signs(self, pflug: bool, number: int) -> None:
         """`"pflug"` and `"gradient_product"`, whose values have both signs, go together and with nothing else."""
         if pflug and number > 1:
@@ -377,19 +306,16 @@ class GradESConfig:
     @property
     def needs_loss(self) -> bool:
         """Whether the statistic is taken in proportion to the loss of each step."""
-        automatic = self.monitor == "auto" and self.rule == "rise" and self.budget is None
+        automatic = self.monitor == "auto" and self.rule == "rise"
         return automatic or self.monitor == "gradient_per_loss"
 
     def resolved(self, total_steps: int) -> GradESConfig:
         """The same for a run of that many steps, with the values that None and `criterion="auto"` stand for."""
-        rule = self.rule if self.budget is None else ""
-        values: dict[str, Any] = dict(DEFAULTS.get(rule, DEFAULTS[""]))
-        if self.budget is not None:
-            values["alpha"] = self.budget / 2
-        if "smoothing" in (BUDGET if self.budget is not None else self._options()):
+        values: dict[str, Any] = dict(DEFAULTS.get(self.rule, DEFAULTS[""]))
+        if "smoothing" in self._options():
             values["smoothing"] = 1 - 1 / min(100, max(10, total_steps / 10))
         values = {name: value for name, value in values.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, criterion=rule or self.criterion, **values)
+        return dataclasses.replace(self, criterion=self.rule, **values)
 
     def _options(self) -> set[str]:
         """The options that the criterion takes."""

@@ -82,14 +82,6 @@ class Ranks:
             value /= self.number
         return value
 
-    def agree_on(self, numbers: Sequence[float], device: torch.device) -> Tensor:
-        """Rank 0's numbers on every rank, in float64; on `device` if there are several. No wait for a GPU's queue."""
-        values = torch.tensor(numbers, dtype=torch.float64)
-        if self.number == 1:
-            return values
-        values = values.pin_memory() if device.type == "cuda" else values
-        return self.agree(values.to(device, non_blocking=True))
-
     def add_shards(self, norms: Sequence[Tensor], of: Sequence[Tensor], among: Sequence[Tensor]) -> list[Tensor]:
         """Sums over whole tensors from sums over shards; one collective for all, made also where there is none.
 
@@ -179,7 +171,7 @@ def refuse(model: nn.Module, config: GradESConfig, optimizer: object, *, compile
 
 
 def _refuse_sharded(model: nn.Module, config: GradESConfig, number: int, *, scaled: bool) -> None:
-    for name in ("merge_frozen_adapters", "freeze_prefix", "sample_size", "thaw"):
+    for name in ("merge_frozen_adapters", "freeze_prefix", "sample_size"):
         if getattr(config, name):
             raise ValueError(
                 f"{name}={getattr(config, name)!r} does not work with sharded parameters (FSDP2); leave it out, or "

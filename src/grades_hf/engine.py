@@ -18,7 +18,7 @@ from .clipping import Clipping
 from .compilation import Batches
 from .components import Component, kinds, measure_last_factors, survey
 from .config import GradESConfig, is_count
-from .criteria import Budget, Criterion, assign_thresholds, grace_steps, make_criterion, refuse_budget
+from .criteria import Criterion, assign_thresholds, grace_steps, make_criterion
 from .distributed import Placeholders, Ranks, refuse
 from .flops import ComputeMeter, Savings
 from .freezer import Freezer, unwrap_optimizers
@@ -29,7 +29,6 @@ from .monitors import Monitor, Sampler, make_monitor
 from .prefix import Prefix
 from .scaling import GradientScale, find_scaler
 from .state import Resumable
-from .thaw import Thaw, refuse_thaw
 from .transfer import Reading
 
 logger = logging.getLogger(__name__)
@@ -108,9 +107,7 @@ class GradES(Resumable):
         self.batches = Batches(model, config.max_recompilations)
         scaler = find_scaler(optimizer) if scaler is None else scaler
         refuse(model, config, optimizer, compiled=self.batches.compiled, scaled=scaler is not None)
-        refuse_budget(config, self.total_steps, compiled=self.batches.compiled)
         optimizers = unwrap_optimizers(optimizer)
-        refuse_thaw(config, optimizers, compiled=self.batches.compiled)
         self.monitors: dict[str, Monitor] = {
             name: make_monitor(name, sampler, optimizers)
             for name in dict.fromkeys(component.monitor for component in self.components)
@@ -133,7 +130,6 @@ class GradES(Resumable):
         self.history = History.start(
             self.components, config.to_dict(), total_steps=self.total_steps, t_grace=self.t_grace
         )
-        self.thaw = Thaw(config, self.total_steps, self.components, self.monitors, self.freezer, self.history)
         self._began = time.monotonic()  # less what earlier sessions of a resumed run took
         self._resumed = False
         self._reading: Reading | None = None  # a check that is not decided upon yet
@@ -202,7 +198,6 @@ class GradES(Resumable):
             )
         loss = self._loss_of_step(loss)
         self.t += 1
-        self.freezer.end_thaw()
         self.reassert()
         skipped = self.scale.remove()
         self._warn_after_resume()
@@ -210,10 +205,9 @@ class GradES(Resumable):
         self._watch_warm_up()
         live = self._live()
         if self.t % self.config.check_every == 0:
-            watched = [*live, *self.thaw.ending(self.t)]
             loss = None if loss is None else self.ranks.mean(loss)
-            values = self.ranks.agree(self._measure(() if skipped else watched, watched, loss))
-            self._reading = Reading(self.t, [component.name for component in watched], values)
+            values = self.ranks.agree(self._measure(() if skipped else live, live, loss))
+            self._reading = Reading(self.t, [component.name for component in live], values)
             if not self.config.delay_transfer:
                 self._decide()
                 live = self._live()
@@ -221,17 +215,12 @@ class GradES(Resumable):
             self._forget()
         else:
             due = (self.t + 1) % self.config.check_every == 0 and not self.done
-            watched = [*live, *self.thaw.going_on(self.t)]
             for name, monitor in self.monitors.items():
-                monitor.remember(p for c in watched if due and c.monitor == name for p in c.measured)
+                monitor.remember(p for c in live if due and c.monitor == name for p in c.measured)
         if self.clipping is not None:
             self.clipping.factors.clear()
         if self.meter is not None:
             self.meter.step()
-        if self.thaw.end_step(self.t, done=self.done):
-            self.ranks.changed()
-        if isinstance(self.criterion, Budget):
-            self.criterion.look_ahead(self.t, self.meter, self.ranks, self.components[0].parameters[0].device)
 
     def _loss_of_step(self, given: Tensor | float | None) -> Tensor | None:
         """As a 0-d tensor; None where no statistic asks for it."""
@@ -315,7 +304,7 @@ class GradES(Resumable):
             for component in self.components
         )
         taus = sorted({component.tau for component in self.components if component.tau is not None})
-        rule = f"criterion {self.criterion.name}" if self.config.budget is None else f"budget {self.config.budget:g}"
+        rule = f"criterion {self.criterion.name}"
         if taus:
             many = f"{len(taus)} values of tau from {taus[0]:g} to {taus[-1]:g}"
             rule = f"{rule}, " if len(self.criterion.parts) > 1 else ""
@@ -336,8 +325,6 @@ class GradES(Resumable):
         if self.history.events:
             steps = [event["step"] for event in self.history.events]
             line += f", between steps {min(steps)} and {max(steps)}"
-        if self.history.thaws:
-            line += f", after {self.history.releases}"
         live = {c.name: c.tau for c in self.components if c.frozen_at is None and c.tau is not None}
         nearest = min(((value / live[n], n) for n, value in self.history.latest().items() if n in live), default=None)
         if nearest is not None:
@@ -406,12 +393,6 @@ class GradES(Resumable):
         live = [component for component in self._live() if component.name in values]
         # Every component's record goes on, also in the grace period, so no short circuit here.
         converged = [c for c in live if self.criterion.update(c.name, reading.step, values[c.name])]
-        if isinstance(self.criterion, Budget) and reading.step > self.t_grace:
-            frozen, number = len(self.components) - len(self._live()), len(self.components)
-            due = self.criterion.due(self.t, [c.name for c in live], frozen, number)
-            converged = [c for c in live if c.name in due]
-        if self.thaw.judge(reading.step, values, self.criterion) and self.meter is not None:
-            self.meter.recount()
         agreed = len(converged) + len(self.components) - len(self._live())
         if (
             converged
@@ -464,7 +445,6 @@ class GradES(Resumable):
             self.history.record_freeze(self.t, component, values[component.name])
             self.freezer.freeze(component.parameters)
             self.monitors[component.monitor].forget(component.measured)
-        self.thaw.froze(converged, self.criterion)
         self.criterion.forget([component.name for component in converged])
         if self.prefix is not None:
             self.prefix.update(self.t)

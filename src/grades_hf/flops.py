@@ -254,9 +254,7 @@ class ComputeMeter:
 
     A step is counted first of all, and when what is trained has changed, but on average at most one in 25; besides,
     one after 100 steps without. Counting changes no bit. A step between costs, for each input element (batch times
-    padded length), what the last counted one cost, less the weight gradients of what has frozen since, or more by those
-    of what was released. A step with gradients of frozen tensors (a probe, see `thaw.py`) stands for no other one; if
-    backward ended early in the last counted one, it is counted, and so is a later step after a release.
+    padded length), what the last counted one cost, less the weight gradients of what has frozen since, as they are counted.
 
     The FLOPs are counted by a dispatch mode. It is active in the model's forward pass, and from then on only while a
     node of that pass's autograd graph runs: never between them, so that no error leaves it behind.
@@ -370,46 +368,6 @@ class ComputeMeter:
             adapter=2 * tally.merged,
             planned=full * total_steps / tally.steps,
         )
-
-    def outlook(self, total_steps: int, step: int) -> tuple[float, float, float, float]:
-        """What a budget is planned with: FLOPs so far, and those of a next step whose batch is like the mean one.
-
-        Args:
-            total_steps: Planned optimizer steps.
-            step: Those that were made; any that were not seen had nothing frozen.
-
-        Returns:
-            used: What they have cost.
-            planned: What all planned steps would cost with nothing frozen.
-            now: What a step costs with what is frozen now.
-            last: The same with all components frozen, but for what `freeze_prefix` and merging save besides.
-
-        Raises:
-            RuntimeError: nothing can be told; the message says why.
-        """
-        tally, savings = self._tally, self.savings(total_steps)
-        mean = savings.full / savings.steps
-        flops, elements = tally.optimizer
-        rate = flops / elements if elements else 0.0
-        total, forward, elements = tally.last
-        scale = elements / tally.base
-        full = (forward + tally.last_set[2] * scale) * tally.unfrozen[0] / tally.unfrozen[1]
-        _, frozen, merged = self._state()
-        now = total - (frozen - tally.last_set[1] + 2 * (merged - tally.last_set[2])) * scale
-        last = now - (sum(tally.components.values()) - frozen) * scale
-        model, live = (mean - rate * tally.numel) / full, self._live()
-        tracked = {p for component in self._components for p in component.parameters if p.requires_grad}
-        return (
-            savings.used + (step - savings.steps) * mean,
-            mean * total_steps,
-            now * model + rate * live,
-            last * model + rate * (live - sum(p.numel() for p in tracked)),
-        )
-
-    def recount(self) -> None:
-        """More is trained from now on: count a step soon, if the last counted one does not tell what that costs."""
-        if self._ends_early():
-            self._tally.last_step = -RECOUNT_AFTER
 
     def take(self) -> int | None:
         """The model's FLOPs since the last call, the running step included; None where they are not counted."""

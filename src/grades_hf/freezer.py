@@ -26,8 +26,6 @@ class Freezer:
     Where a new pattern of `requires_grad` is dear (`torch.compile` compiles again), it can wait: until `settle`, the
     gradient of what was frozen is still computed, and dropped.
 
-    The gradient of what is frozen can be looked at again (`probe`), and what is frozen can be given back (`thaw`).
-
     Some optimizers also move parameters that have no gradient (Muon's reference implementation decays them), so while
     an optimizer steps, what is frozen is not in its parameter groups.
 
@@ -42,8 +40,6 @@ class Freezer:
         self.placeholders: Placeholders | None = None  # for what is dropped, where the model is sharded
         self._before: dict[Tensor, bool] = {}  # requires_grad before we froze it
         self._pending: set[Tensor] = set()  # frozen, but for requires_grad
-        self._probed: set[Tensor] = set()  # frozen, but their gradient is computed
-        self._thawed: list[Tensor] = []  # of them those that stay frozen for the coming update only
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._guards: list[RemovableHandle] = []
         self._steps: list[RemovableHandle] = []
@@ -77,34 +73,6 @@ class Freezer:
         parameter.requires_grad_(True)  # a hook can only be put on a tensor that requires a gradient
         self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
-    def probe(self, parameters: Iterable[Tensor]) -> None:
-        """From the next forward pass on compute the gradient of these, and leave it to who looks at it."""
-        for parameter in parameters:
-            self._hooks.pop(parameter).remove()
-            parameter.requires_grad_(True)
-            self._probed.add(parameter)
-
-    def rest(self, parameters: Iterable[Tensor]) -> None:
-        """Undo `probe`."""
-        for parameter in parameters:
-            self._probed.remove(parameter)
-            self._drop_gradients(parameter)
-            parameter.requires_grad_(False)
-            parameter.grad = None
-
-    def thaw(self, parameters: Iterable[Tensor]) -> None:
-        """Give these back, which are probed: the coming update does not touch them yet, see `end_thaw`."""
-        for parameter in parameters:
-            parameter.grad = None
-            self._thawed.append(parameter)
-
-    def end_thaw(self) -> None:
-        """The update is over: what was given back is trained."""
-        for parameter in self._thawed:
-            self._probed.remove(parameter)
-            parameter.requires_grad_(self._before.pop(parameter))
-        self._thawed.clear()
-
     def settle(self) -> None:
         """What is frozen requires no gradient from now on, and none is computed."""
         self._pending.clear()
@@ -112,7 +80,7 @@ class Freezer:
 
     def reassert(self) -> None:
         """Freeze again what something else has unfrozen since."""
-        for parameter in self._before.keys() - self._probed:
+        for parameter in self._before:
             if parameter.requires_grad and parameter not in self._pending:
                 parameter.requires_grad_(False)
             if parameter.grad is not None:
@@ -136,7 +104,7 @@ class Freezer:
         self._guards = [model.register_forward_pre_hook(before_forward), model.register_forward_hook(after_forward)]
 
     def _before_backward(self, gradient: Tensor) -> None:
-        for parameter in self._before.keys() - self._probed:
+        for parameter in self._before:
             if parameter.requires_grad and parameter not in self._pending:
                 parameter.requires_grad_(False)
 
@@ -154,8 +122,6 @@ class Freezer:
     def release(self, *, keep_frozen: bool = False) -> None:
         """Give every parameter back as it was; with `keep_frozen` only the hooks go."""
         self._after_step()  # a step that has failed did not do it
-        self.end_thaw()
-        self._probed.clear()
         for handle in (*self._hooks.values(), *self._guards, *self._steps):
             handle.remove()
         self._guards.clear()

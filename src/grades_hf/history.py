@@ -9,7 +9,6 @@ import platform
 import sys
 import zlib
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +31,9 @@ class History:
         components: One dict per component: name, group, projection, layer, tower, adapter, numel, monitor, tau.
         steps: Optimizer steps (1-based) at which a check was made.
         values: Component name -> its statistic at each of `steps`, from the first on; a series ends with the check
-            that froze the component, or goes on with NaN for the checks up to its release. NaN stands for "no finite
+            that froze the component. NaN stands for "no finite
             value was measured" (null in JSON).
         events: One dict per component that is frozen now: step, name, value, tau.
-        thaws: One dict per release, in the order of steps: step (of the probe; it is trained from the next one on),
-            name, value (of the probe), tau, and frozen_at and frozen_value: step and value of the event that was here.
         logs: One dict per training log, in the order of steps: step (optimizer steps so far), seconds (wall time of
             training so far, that of resumed sessions added; what a killed one lost is not in it), frozen (components),
             and where they are known loss and compute_saved (the part of the FLOPs so far, 0 to 1).
@@ -53,7 +50,6 @@ class History:
     steps: list[int] = field(default_factory=list)
     values: dict[str, array[float]] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
-    thaws: list[dict[str, Any]] = field(default_factory=list)
     logs: list[dict[str, float]] = field(default_factory=list)
     savings: dict[str, float] | None = None
     ended: str | None = None
@@ -84,15 +80,6 @@ class History:
         """Add one freezing; `value` is what fell below the threshold."""
         self.events.append({"step": step, "name": component.name, "value": value, "tau": component.tau})
 
-    def record_thaw(self, step: int, name: str, value: float) -> None:
-        """Add one release; the freezing is no event any more. The check of `step` has been added before."""
-        (event,) = (event for event in self.events if event["name"] == name)
-        self.events.remove(event)
-        then = {"frozen_at": event["step"], "frozen_value": event["value"]}
-        self.thaws.append({**event, "step": step, "value": value, **then})
-        series = self.values[name]
-        series.extend([math.nan] * (len(self.steps) - len(series)))
-
     def record_log(self, row: dict[str, float]) -> None:
         """Add one log; a second one at the same step adds only what the first does not say."""
         if self.logs and self.logs[-1]["step"] == row["step"]:
@@ -104,11 +91,6 @@ class History:
     def frozen(self) -> dict[str, int]:
         """Component name -> the step that it froze at, in the order of freezing."""
         return {event["name"]: event["step"] for event in self.events}
-
-    @property
-    def releases(self) -> str:
-        """How many there were: `"1 release"`, `"3 releases"`."""
-        return f"{len(self.thaws)} release{'s' * (len(self.thaws) != 1)}"
 
     def latest(self) -> dict[str, float]:
         """The finite values of the last check, by component."""
@@ -130,15 +112,7 @@ class History:
         del self.steps[checks:]
         for series in self.values.values():
             del series[checks:]
-        undone = [thaw for thaw in self.thaws if thaw["frozen_at"] <= step < thaw["step"]]
-        for thaw in undone:
-            del self.values[thaw["name"]][bisect_right(self.steps, thaw["frozen_at"]) :]
         self.events = [event for event in self.events if event["step"] <= step]
-        if undone:
-            place = {component["name"]: index for index, component in enumerate(self.components)}
-            self.events += map(_event, undone)
-            self.events.sort(key=lambda event: (event["step"], place[event["name"]]))
-        self.thaws = [thaw for thaw in self.thaws if thaw["step"] <= step]
         self.logs = [row for row in self.logs if row["step"] <= step]
         self.savings = self.ended = None
 
@@ -156,7 +130,6 @@ class History:
                 for name, series in self.values.items()
             },
             "events": self.events,
-            "thaws": self.thaws,
             "logs": [{key: value if math.isfinite(value) else None for key, value in row.items()} for row in self.logs],
             "savings": self.savings,
             "ended": self.ended,
@@ -185,7 +158,6 @@ class History:
                     for name, series in data["values"].items()
                 },
                 events=check_events(data["events"]),
-                thaws=check_thaws(data.get("thaws", ())),  # as with logs
                 logs=[_log(row) for row in data.get("logs", ())],  # older files have none
                 savings=data.get("savings"),
                 ended=data.get("ended"),
@@ -278,27 +250,6 @@ def _versions() -> dict[str, str]:
 def _log(row: Mapping[str, Any]) -> dict[str, float]:
     counts = {key: int(row[key]) for key in ("step", "frozen")}
     return {key: math.nan if value is None else value for key, value in row.items()} | counts
-
-
-def _event(thaw: Mapping[str, Any]) -> dict[str, Any]:
-    """The event that a release has taken back."""
-    event = {key: value for key, value in thaw.items() if key not in ("frozen_at", "frozen_value")}
-    return {**event, "step": thaw["frozen_at"], "value": thaw["frozen_value"]}
-
-
-def check_thaws(thaws: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Releases that were read from a file, checked.
-
-    Raises:
-        KeyError, TypeError, ValueError: they are incomplete, or one comes before its freezing.
-    """
-    read = [{**thaw, "step": int(thaw["step"]), "frozen_at": int(thaw["frozen_at"])} for thaw in thaws]
-    for thaw in read:
-        if not {"name", "value", "tau", "frozen_value"} <= thaw.keys():
-            raise KeyError(f"a release has {', '.join(thaw)} only")
-        if not thaw["frozen_at"] < thaw["step"]:
-            raise ValueError(f"{thaw['name']} is released before it froze.")
-    return read
 
 
 def check_events(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -13,13 +13,12 @@ from torch import Tensor
 from .compilation import Batches
 from .components import Component
 from .config import GradESConfig
-from .criteria import Budget, Criterion
+from .criteria import Criterion
 from .flops import ComputeMeter
 from .freezer import Freezer
-from .history import History, check_events, check_thaws
+from .history import History, check_events
 from .monitors import Monitor
 from .prefix import Prefix
-from .thaw import Thaw
 from .transfer import Reading
 
 logger = logging.getLogger(__name__)
@@ -27,9 +26,8 @@ logger = logging.getLogger(__name__)
 # The options that decide what is measured, and those that decide what freezes and when.
 SCALE = ("monitor", "reduction", "sample_size")
 RULE = (
-    "tau", "alpha", "criterion", "patience", "window", "smoothing", "rise", "significance", "quorum", "budget",
+    "tau", "alpha", "criterion", "patience", "window", "smoothing", "rise", "significance", "quorum",
     "check_every", "target_modules", "exclude_modules", "max_frozen_fraction", "freeze_prefix", "delay_transfer",
-    "thaw",
 )  # fmt: skip
 
 
@@ -47,7 +45,6 @@ class Resumable:
     freezer: Freezer
     batches: Batches
     prefix: Prefix | None
-    thaw: Thaw
     meter: ComputeMeter | None
     remembers: bool
     _began: float
@@ -73,10 +70,10 @@ class Resumable:
                 JSON types only.
 
         Returns:
-            `step`, `seconds` (of training), `events` (what froze when), `thaws` (what was released when), `criterion`
+            `step`, `seconds` (of training), `events` (what froze when), `criterion`
             (what it keeps of each component), `learning_rate` (the highest so far, where the criterion asks for it),
             `config` and `total_steps` (what they were made with), `checksum` (of the history), `reading` (the check
-            that `delay_transfer` has left open, if any), `thaw` (its probes, if there are any);
+            that `delay_transfer` has left open, if any);
             and with `tensors` also `history` and `previous` (component name -> one tensor or None for each measured
             tensor).
         """
@@ -84,7 +81,6 @@ class Resumable:
             "step": self.t,
             "seconds": time.monotonic() - self._began,
             "events": list(self.history.events),
-            "thaws": list(self.history.thaws),
             "criterion": self.criterion.state_dict(),
             "config": self.config.state_dict(),
             "total_steps": self.total_steps,
@@ -104,15 +100,13 @@ class Resumable:
             state["prefix"] = self.prefix.state_dict()
         if self._reading is not None:
             state["reading"] = self._reading.state_dict()
-        if self.config.thaw is not None:
-            state["thaw"] = self.thaw.state_dict()
         if self.meter is not None:
             state["flops"] = self.meter.state_dict()
         if tensors:
             state["history"] = self.history.to_dict()
             state["previous"] = {
                 component.name: [self.monitors[component.monitor].previous.get(p) for p in component.measured]
-                for component in (*self._live(), *self.thaw.going_on(self.t))
+                for component in self._live()
             }
         return state
 
@@ -128,20 +122,18 @@ class Resumable:
         """
         try:
             step, criterion, made = int(state["step"]), self._new_criterion(), dict(state.get("config") or {})
-            same = made.get("criterion", self.config.criterion), made.get("budget")
-            if same == (self.config.criterion, self.config.budget):
+            if made.get("criterion", self.config.criterion) == self.config.criterion:
                 criterion.load_state_dict(state["criterion"])
             learning_rate = float(state["learning_rate"]) if "learning_rate" in state else None
             seconds = float(state.get("seconds", 0.0))
-            events, thaws = check_events(state["events"]), check_thaws(state.get("thaws", ()))
-            thawing = Thaw.checked(state.get("thaw", {}), [event["name"] for event in events])
+            events = check_events(state["events"])
             previous = {name: list(tensors) for name, tensors in state.get("previous", {}).items()}
             clipping = {name: [float(f) for f in factors] for name, factors in state.get("clipping", {}).items()}
             reading = Reading.from_state(state["reading"]) if "reading" in state else None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is no state of GradES: {error!r} is missing or malformed.") from error
         by_name = {component.name: component for component in self.components}
-        names = [event["name"] for event in (*events, *thaws)]
+        names = [event["name"] for event in events]
         open_names = () if reading is None else reading.names
         observed = {name for part in criterion.parts for name in part.memory}
         unknown = sorted({*names, *observed, *previous, *clipping, *open_names} - by_name.keys())
@@ -151,7 +143,7 @@ class Resumable:
                 f"{', ...' if len(unknown) > 3 else ''}): resume with the same model, adapter and "
                 "target_modules that the checkpoint was made with."
             )
-        if any(not 1 <= event["step"] <= step for event in (*events, *thaws)):
+        if any(not 1 <= event["step"] <= step for event in events):
             raise ValueError(f"the state of GradES contradicts itself: of step {step}, it has freezings of later ones.")
         for name, tensors in previous.items():
             if len(tensors) != len(by_name[name].measured):
@@ -162,10 +154,8 @@ class Resumable:
         history = History.from_dict(state["history"]) if "history" in state else None
         if self.meter is not None and "flops" in state:
             self.meter.load_state_dict(state["flops"])
-        elif self.meter is not None and (events or thaws):
+        elif self.meter is not None and events:
             self.meter.reason = "the checkpoint holds no counts (count_flops=False, or an older version of grades-hf)"
-        if isinstance(self.criterion, Budget):
-            self.criterion.require(self.meter)
         changed = self._changed_options(state)
         if self.prefix is not None and "prefix" in state:
             self.prefix.load_state_dict(state["prefix"])
@@ -175,7 +165,7 @@ class Resumable:
         self.criterion = self._new_criterion() if changed else criterion
         self._learning_rate = learning_rate
         self._reading = None if changed.intersection(SCALE) else reading
-        self.history.events, self.history.thaws = events, thaws
+        self.history.events = events
         for event in events:
             component = by_name[event["name"]]
             component.frozen_at = event["step"]
@@ -183,8 +173,6 @@ class Resumable:
         if events:
             self.batches.due(self._progress)
             self._settle()
-        if not changed:
-            self.thaw.load_state_dict(thawing)
         if history is not None:
             try:
                 self.adopt_history(history)
@@ -193,7 +181,7 @@ class Resumable:
                     raise
                 logger.warning("GradES: earlier values are lost from the history: %s", error)
         # One criterion undoes clipping, another does not.
-        self.remembers = not changed.intersection((*SCALE, "criterion", "budget"))
+        self.remembers = not changed.intersection((*SCALE, "criterion"))
         for name, factors in clipping.items() if self.remembers else ():
             known = self.monitors[by_name[name].monitor].previous_factors
             known |= {p: torch.tensor(f, device=p.device) for p, f in zip(by_name[name].measured, factors, strict=True)}
@@ -232,7 +220,6 @@ class Resumable:
         history.truncate(self.t, None if self._reading is None else self._reading.step - 1)
         checks = len(history.steps)
         fits = history.values.keys() == self.history.values.keys() and history.frozen == self.frozen
-        fits = fits and [t["step"] for t in history.thaws] == [t["step"] for t in self.history.thaws]
         fits = fits and (checksum is None or checksum == history.checksum())
         if not fits or any(len(history.values[c.name]) != checks for c in self.components if c.frozen_at is None):
             raise ValueError("the history is of another run: its components, its frozen set or its values differ.")

@@ -108,7 +108,7 @@ def suggest(
         raise ValueError(f"target_compute={target_compute} must be a number between 0 and 1.")
     if by not in BY:
         raise ValueError(f"by={by!r} is unknown; use one of {', '.join(BY)}.")
-    if history.events or history.thaws:
+    if history.events:
         raise ValueError(
             f"the run froze {len(history.events)} of {len(history.components)} components, so their values are missing "
             "from then on. Record a run that freezes nothing: recipes/finetune.py --observe."

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from ..config import GradESConfig
 from .base import Criterion, Relative, checks, grace_steps
-from .budget import Budget, refuse_budget
 from .combination import Combination
 from .no_new_minimum import NoNewMinimum
 from .pflug import Pflug
@@ -15,8 +14,8 @@ from .thresholds import Threshold, assign_thresholds
 from .trend import NoSignificantFall, SignificantRise
 
 __all__ = [
-    "Budget", "Combination", "Criterion", "NoNewMinimum", "NoSignificantFall", "Pflug", "Relative", "Rise",
-    "SignificantRise", "Threshold", "assign_thresholds", "grace_steps", "make_criterion", "refuse_budget",
+    "Combination", "Criterion", "NoNewMinimum", "NoSignificantFall", "Pflug", "Relative", "Rise",
+    "SignificantRise", "Threshold", "assign_thresholds", "grace_steps", "make_criterion",
 ]  # fmt: skip
 
 
@@ -30,8 +29,6 @@ def make_criterion(config: GradESConfig, total_steps: int, tau: Callable[[str], 
     """
     window = checks(config.window, total_steps, config.check_every)
     beta = (config.smoothing or 0.0) ** config.check_every
-    if config.budget is not None:
-        return Budget(config, total_steps)
     makers: dict[str, Callable[[], Criterion]] = {
         Threshold.name: lambda: Threshold(tau, config.patience, grace_steps(config.alpha or 0, total_steps)),
         NoNewMinimum.name: lambda: NoNewMinimum(window, beta),

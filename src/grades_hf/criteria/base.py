@@ -50,19 +50,6 @@ class Criterion(ABC):
         for name in list(self.memory) if names is None else names:
             self.memory.pop(name, None)
 
-    def level(self, name: str) -> float | None:
-        """The number that `releases` needs of a component that freezes now; None: no single value tells anything."""
-        return None
-
-    def releases(self, value: float, level: float) -> bool:
-        """Whether one value of a frozen component says that this criterion would not freeze it (`thaw`).
-
-        Args:
-            value: The statistic; NaN where there is none, which says nothing.
-            level: What `level` was when it froze.
-        """
-        return False
-
     def state_dict(self) -> dict[str, Any]:
         """`memory`, as JSON types."""
         return {name: list(numbers) for name, numbers in self.memory.items()}

@@ -44,13 +44,6 @@ class Smoothed(Relative):
         self.memory[name] = [total, weight, minimum, since]
         return minimum > 0 and self.converged(average, minimum, int(since))
 
-    def level(self, name: str) -> float | None:
-        _, _, minimum, _ = self.memory.get(name, (0.0, 0.0, 0.0, 0))
-        return minimum or None
-
-    def releases(self, value: float, level: float) -> bool:
-        return 0 < value < level
-
     @abstractmethod
     def converged(self, average: float, minimum: float, since: int) -> bool:
         """The verdict.

@@ -38,12 +38,6 @@ class Threshold(Criterion):
         self.memory[name] = [count]
         return count >= self.patience
 
-    def level(self, name: str) -> float:
-        return self.tau(name)
-
-    def releases(self, value: float, level: float) -> bool:
-        return math.isfinite(value) and value >= level
-
 
 def assign_thresholds(components: Sequence[Component], tau: float | Mapping[str, float] | None) -> None:
     """Set `tau` of every component by the rule in `GradESConfig`'s docstring; None for none.

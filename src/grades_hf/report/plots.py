@@ -152,9 +152,6 @@ def component_rows(history: History) -> list[dict[str, Any]]:
     The value is the one that froze it, or the last finite one that was measured.
     """
     events = {event["name"]: event for event in history.events}
-    spans: dict[str, list[str]] = {}
-    for thaw in history.thaws:
-        spans.setdefault(thaw["name"], []).append(f"{thaw['frozen_at']:,} to {thaw['step']:,}")
     rows = []
     for component in history.components:
         name = component["name"]
@@ -167,20 +164,12 @@ def component_rows(history: History) -> list[dict[str, Any]]:
                 "group": group_label(component),
                 "layer": "none" if component["layer"] is None else str(component["layer"]),
                 "parameters": f"{component['numel']:,}",
-                "frozen": _when(event, spans.get(name)),
+                "frozen": "never" if event is None else f"step {event['step']:,}",
                 "value": "none measured" if value is None else f"{value:.4g}",
                 "tau": "none" if component["tau"] is None else f"{component['tau']:.4g}",
             }
         )
     return rows
-
-
-def _when(event: Mapping[str, Any] | None, earlier: Sequence[str] | None) -> str:
-    """From which step on a component is frozen, and from when to when it was before."""
-    before = f"from step {', '.join(earlier)}" if earlier else ""
-    if event is None:
-        return f"{before}, then released" if before else "never"
-    return f"step {event['step']:,}" + (f" (and {before})" if before else "")
 
 
 def load_altair() -> Any:
@@ -353,7 +342,7 @@ def _freezing_map(history: History) -> Any:
         drawn.append(base.properties(name="never").mark_rect(style="never").encode(**place, **described))
         drawn.append(base.mark_rule(style="cross", aria=False, tooltip=None).encode(**place))
     subtitle = f"{len(frozen):,} of {len(cells):,} froze. A cell is one matrix, layers go up."
-    crossed = f" Crossed grey: {'not at the end' if history.thaws else 'never'}."
+    crossed = " Crossed grey: never."
     return alt.layer(*drawn).properties(
         width=min(max(240, 38 * edges[-1]), 900),
         height=max(round(step * len(layers)), 40),
@@ -413,8 +402,7 @@ def _labels(values: Sequence[float], texts: Sequence[str]) -> str:
 def _progress(history: History) -> dict[str, Any]:
     alt = load_altair()
     total = max(len(history.components), 1)
-    changes: Counter[int] = Counter([*history.frozen.values(), *(thaw["frozen_at"] for thaw in history.thaws)])
-    changes.subtract(thaw["step"] for thaw in history.thaws)
+    changes: Counter[int] = Counter(history.frozen.values())
     number, fractions = 0, {0: 0.0}
     for step in sorted(changes):
         number += changes[step]

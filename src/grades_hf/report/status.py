@@ -176,10 +176,8 @@ def _rule(history: History) -> str:
     """What freezes when, in one line."""
     monitors = ", ".join(dict.fromkeys(component["monitor"] for component in history.components))
     taus = sorted({component["tau"] for component in history.components if component["tau"] is not None})
-    criterion, budget = history.config.get("criterion", "threshold"), history.config.get("budget")
+    criterion = history.config.get("criterion", "threshold")
     rule = [] if criterion == "threshold" else [f"criterion {criterion}"]
-    if budget is not None:
-        rule = [f"budget {budget:g}"]
     if taus:
         rule.append(f"tau {taus[0]:g}" if len(taus) == 1 else f"tau {taus[0]:g} to {taus[-1]:g}")
     return f"{monitors}, {', '.join(rule)}, freezing from step {history.t_grace + 1} of {history.total_steps} on."

@@ -31,7 +31,7 @@ def summarize(
 
     Returns:
         Keys: steps_run, steps_planned, grace_steps, monitors, tau (smallest and largest, where the criterion has one),
-        criterion (its name, where it is not the threshold alone), budget (where there is one), components, frozen,
+        criterion (its name, where it is not the threshold alone), components, frozen,
         parameters, frozen_parameters, groups (one dict per group: group, components, frozen, first, last), and
         `evaluation`, `seconds` and `compute` as they were given, where they were.
     """
@@ -45,24 +45,20 @@ def summarize(
         first, last = (steps[0], steps[-1]) if steps else (None, None)
         rows.append({"group": label, "components": len(members), "frozen": len(steps), "first": first, "last": last})
     taus = [component["tau"] for component in history.components if component["tau"] is not None]
-    criterion, budget = history.config.get("criterion", "threshold"), history.config.get("budget")
+    criterion = history.config.get("criterion", "threshold")
     summary: dict[str, Any] = {
         "steps_run": steps_run if steps_run is not None else max(history.steps, default=0),
         "steps_planned": history.total_steps,
         "grace_steps": history.t_grace,
         "monitors": list(dict.fromkeys(component["monitor"] for component in history.components)),
         **({"tau": [min(taus), max(taus)]} if taus else {}),
-        **({"criterion": criterion} if criterion != "threshold" and budget is None else {}),
-        **({"budget": budget} if budget is not None else {}),
+        **({"criterion": criterion} if criterion != "threshold" else {}),
         "components": len(history.components),
         "frozen": len(frozen),
         "parameters": sum(component["numel"] for component in history.components),
         "frozen_parameters": sum(c["numel"] for c in history.components if c["name"] in frozen),
         "groups": rows,
     }
-    if history.thaws:
-        thawed = [thaw["step"] for thaw in history.thaws]
-        summary["releases"] = {"number": len(thawed), "first": thawed[0], "last": thawed[-1]}
     extras = {"evaluation": evaluation, "seconds": seconds, "compute": compute}
     return summary | {name: dict(value) for name, value in extras.items() if value}
 
@@ -92,8 +88,6 @@ def sentence(history: History) -> str:
         parts.append(f"{1 - savings['used'] / savings['full']:.1%} of the compute {when} saved")
         if history.ended == "converged" and step < planned:
             parts[-1] += f" and {1 - savings['used'] / savings['planned']:.1%} of the planned"
-    if history.thaws:
-        parts.insert(1, f"after {history.releases}")
     losses = [row["loss"] for row in history.logs if "loss" in row]
     if losses:
         parts.append(f"loss {losses[-1]:.4g}")
@@ -153,9 +147,6 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         if group["frozen"]:
             text += f", first at step {group['first']}, last at step {group['last']}"
         rows.append((f"  {group['group']}", text))
-    if found := summary.get("releases"):
-        times = "once" if found["number"] == 1 else f"{found['number']} times"
-        rows.append(("released", f"{times}, first at step {found['first']}, last at step {found['last']}"))
     rows += _accuracy_rows(summary.get("evaluation") or {})
     if seconds := summary.get("seconds"):
         parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
@@ -178,10 +169,8 @@ def to_markdown(summary: Mapping[str, Any], title: str = "GradES run", notes: Ma
     """
     lines = [f"# {title}", "", "| | |", "|---|---|"]
     pairs = [*(notes or {}).items(), *table_rows(summary)]
-    if not {"tau", "criterion", "budget"}.isdisjoint(summary):
+    if not {"tau", "criterion"}.isdisjoint(summary):
         rule = [*summary["monitors"], *([f"criterion {summary['criterion']}"] if "criterion" in summary else [])]
-        if "budget" in summary:
-            rule.append(f"budget {summary['budget']:g} of the planned compute")
         if "tau" in summary:
             low, high = summary["tau"]
             rule.append(f"tau {low:g}" + ("" if low == high else f" to {high:g}"))
