@@ -5,39 +5,30 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from contextlib import ExitStack
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .clipping import Clipping
-from .compilation import Batches
-from .components import Component, kinds, measure_last_factors, survey
+from . import state
+from .assembly import assemble
 from .config import GradESConfig, is_count
-from .criteria import Criterion, assign_thresholds, grace_steps, make_criterion
-from .distributed import Placeholders, Ranks, refuse
-from .flops import ComputeMeter, Savings
-from .freezer import Freezer, unwrap_optimizers
-from .history import History
-from .loss import Loss
-from .merging import Merger
-from .monitors import Monitor, Sampler, make_monitor
-from .prefix import Prefix
-from .scaling import GradientScale, find_scaler
-from .state import Resumable
-from .transfer import Reading
+from .contracts import Check, Extension, Step
+from .ending import HeldOut
+from .find.components import Component, kinds
+from .record.savings import Savings
 
 logger = logging.getLogger(__name__)
 
 _active: WeakKeyDictionary[nn.Module, GradES] = WeakKeyDictionary()
 
 
-class GradES(Resumable):
-    """Gradient-based early stopping of single matrices (Algorithm 1 of arXiv 2509.01842).
+class GradES:
+    """Gradient-based early stopping (Algorithm 1 of arXiv 2509.01842).
 
     ```python
     engine = GradES(model, GradESConfig(tau=0.5), total_steps=T, optimizer=optimizer)
@@ -51,26 +42,35 @@ class GradES(Resumable):
     engine.close()
     ```
 
+    A statistic of exactly 0 is no value where there was another one before, or where all components have it: the batch
+    had nothing to teach this matrix (no labels, an idle expert whose gradient is filled with zeros). A matrix whose
+    gradient has always been 0 while others learn has the value 0, so that it freezes. So has one whose gradient stays
+    the same, for a statistic of its change.
+
     Args:
         model: The model that is trained; what is trainable now can be frozen.
         config: The options.
-        total_steps: Planned number of optimizer steps T, 1 or more; the grace period is a part of it.
+        total_steps: The planned number T of optimizer steps, 1 or more; the grace period is a part of it.
         optimizer: The optimizer (or accelerate's wrapper), whose state for frozen parameters is dropped; or a list of
             several.
         scaler: The `torch.amp.GradScaler` of a loop in float16, default None; accelerate's is found by itself. Call
             `step()` before `scaler.step(optimizer)`: it unscales the gradients if clipping has not done it. A step
             that the scaler skips yields no values.
+        held_out: Held-out rows for the looks of a run without a tau: a Dataset or DataLoader whose rows the model takes
+            as keyword arguments, or a function from the model to the losses of the rows, a tensor of shape (rows,).
 
     Attributes:
         components: All that is tracked, in the order of the model's modules.
+        frozen: Component name -> the optimizer step (1-based) at which it froze, in the order of freezing.
         history: Events and measured values.
         t: Optimizer steps seen.
         t_grace: ceil(alpha * T); components may freeze at steps after it.
-        merger: What merges frozen LoRA pairs, and `merger.merged` their names; None without `merge_frozen_adapters`.
+        ended: Why training should end before T, in a sentence; None as long as it goes on.
 
     Raises:
-        ValueError: an option that does not fit the model, or nothing to track; before anything is changed.
-        RuntimeError: a way of training in several processes that is not supported (see `distributed.py`).
+        ValueError: an option that does not fit the model, nothing to track, or no held-out rows without a tau; before
+            anything is changed.
+        RuntimeError: a way of training in several processes that is not supported (`parallel/refusals.py`).
     """
 
     def __init__(
@@ -81,406 +81,345 @@ class GradES(Resumable):
         total_steps: int,
         optimizer: Any = None,
         scaler: torch.amp.GradScaler | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         if not is_count(total_steps):
             raise ValueError(f"total_steps={total_steps!r} must be the planned number of optimizer steps, 1 or more.")
         GradES.release(model)
-        self.total_steps = int(total_steps)
-        self.config = config = config.resolved(self.total_steps)
+        self.model, self.total_steps = model, int(total_steps)
         self.t = 0
-        self.t_grace = grace_steps(cast(float, config.alpha), self.total_steps)
-        self.components, left_out = survey(model, config)
-        assign_thresholds(self.components, config.tau)
-        self.criterion = self._new_criterion()
-        for component in self.components:
-            paper = "gradient_norm" if component.adapter else "gradient_change"
-            automatic = "gradient_per_loss" if config.needs_loss else "gradient_norm"
-            automatic = automatic if self.criterion.relative else paper
-            component.monitor = automatic if config.monitor == "auto" else config.monitor
-        if self.criterion.relative and config.criterion != "pflug":  # whose products are those of all tensors
-            measure_last_factors(model, self.components)
-        sampler = None
-        if config.sample_size is not None:
-            names = {p: f"{c.name}/{place}" for c in self.components for place, p in enumerate(c.measured)}
-            sampler = Sampler(config.sample_size, names)
-        self._learning_rate: float | None = None  # the highest so far, where the criterion observes from there on
-        self.batches = Batches(model, config.max_recompilations)
-        scaler = find_scaler(optimizer) if scaler is None else scaler
-        refuse(model, config, optimizer, compiled=self.batches.compiled, scaled=scaler is not None)
-        optimizers = unwrap_optimizers(optimizer)
-        self.monitors: dict[str, Monitor] = {
-            name: make_monitor(name, sampler, optimizers)
-            for name in dict.fromkeys(component.monitor for component in self.components)
-        }
-        self.scale = GradientScale(optimizers, scaler)
-        self.clipping: Clipping | None = None  # undone where values are compared with those of earlier steps
-        if self.criterion.relative:
-            self.clipping = Clipping(p for component in self.components for p in component.measured)
-            for monitor in self.monitors.values():
-                monitor.factors = self.clipping.factors
-        self.loss: Loss | None = None
-        if config.needs_loss:
-            self.loss = Loss(model)
-        self.freezer = Freezer(optimizers, patient=self.batches.compiled)
-        self.merger = Merger(model, self.components) if config.merge_frozen_adapters else None
-        self.prefix: Prefix | None = None
-        if config.freeze_prefix:
-            self.prefix = Prefix(model, self.components, left_out, config.exclude_modules, self.freezer)
-            self.batches.allow(2)  # the order in which modules run is recorded by hooks, which come and go
-        self.history = History.start(
-            self.components, config.to_dict(), total_steps=self.total_steps, t_grace=self.t_grace
-        )
-        self._began = time.monotonic()  # less what earlier sessions of a resumed run took
+        self.frozen: dict[str, int] = {}
+        self.ended: str | None = None
+        parts = assemble(model, config.resolved(), self.total_steps, optimizer, scaler, held_out)
+        self.config, self.t_grace, self.traits = parts.config, parts.t_grace, parts.traits
+        self.components, self.statistics, self.criterion = parts.components, parts.statistics, parts.criterion
+        self.optimizers, self.freezer, self.ranks, self.history = (
+            parts.optimizers, parts.freezer, parts.ranks, parts.history,
+        )  # fmt: skip
+        self.extensions, self.ending, self.meter = parts.extensions, parts.ending, parts.meter
+        self.learned = torch.zeros(len(self.components), dtype=torch.bool)  # who ever had a value other than 0
+        self.took_part = torch.zeros(len(self.components), dtype=torch.bool)  # who ever had a gradient
+        self._place = {component.name: place for place, component in enumerate(self.components)}
+        self._live: list[Component] | None = None
+        self._open: Check | None = None  # a check that is not decided upon yet
         self._resumed = False
-        self._reading: Reading | None = None  # a check that is not decided upon yet
-        self.remembers = True  # whether tensors of the last step in a checkpoint are of this statistic
-        self._closed = False
-        self.ranks = Ranks(model)
-        if self.ranks.sharded:
-            self.freezer.placeholders = Placeholders(optimizers)
-        if any(component.adapter for component in self.components):
-            self.freezer.guard(model)
-        self.meter: ComputeMeter | None = None
-        if config.count_flops:
-            self.meter = ComputeMeter(
-                model,
-                self.components,
-                optimizers,
-                merged=lambda: self.merger.merged if self.merger is not None else (),
-                frozen=self.freezer,
-                compiled=self.batches.compiled,
-            )
+        with ExitStack() as undo:  # a refusal undoes what was attached before
+            for extension in self.extensions:
+                extension.attach(self, undo)
+            self._undo: ExitStack | None = undo.pop_all()
         _active[model] = self
         logger.info(self.describe())
 
-    @staticmethod
-    def release(model: nn.Module) -> None:
-        """End whatever engine still holds `model` (its run was interrupted), so that it is trainable as before."""
-        engine = _active.pop(model, None)
-        if engine is not None:
-            engine.close()
+    # --- Algorithm 1 -----------------------------------------------------------------------------------------------
 
-    @property
-    def frozen(self) -> dict[str, int]:
-        """Component name -> optimizer step (1-based) that it froze at, in the order of freezing."""
-        return self.history.frozen
-
-    @property
-    def frozen_fraction(self) -> float:
-        """Part of the components that is frozen, 0 to 1."""
-        return len(self.history.events) / len(self.components)
-
-    @property
-    def done(self) -> bool:
-        """Whether `max_frozen_fraction` of the components is frozen: training should end after this step."""
-        return self._progress >= 1
-
-    @property
-    def _progress(self) -> float:
-        return self.frozen_fraction / cast(float, self.config.max_frozen_fraction)
-
-    def step(self, loss: Tensor | float | None = None) -> None:
+    def step(self, loss: Tensor | float | None = None, *, epoch: float | None = None) -> None:
         """Check and freeze; call between `backward` (and clipping) and `optimizer.step()`, once per optimizer step.
 
         Args:
-            loss: That of the step, a number or a 0-d tensor, for a statistic that needs it (`gradient_per_loss`, which
-                the default criterion looks at). Default: what the model has returned as `loss` in training mode since
-                the last step, added up.
+            loss: The trained loss of the step, a number or a 0-d tensor, where the statistic is divided by it. Default:
+                what `backward` was called on since the last step, added up.
+            epoch: How often each row has been seen before this step: 1.0 after the first pass over the data. Below 1
+                no look is proposed. Default None: not known, and looks may be proposed from the start.
 
         Raises:
             RuntimeError: the engine is closed, by `close()` or by another one for the same model; or the statistic
                 needs the loss, and there is none.
         """
-        if self._closed:
-            raise RuntimeError(
-                "this engine is closed: another run has begun for its model, or with its callback. Two runs at a time "
-                "need a model and a GradESCallback each."
-            )
-        loss = self._loss_of_step(loss)
+        self._refuse_closed()
         self.t += 1
+        step = Step(self.t, loss, epoch)  # type: ignore[arg-type]
         self.reassert()
-        skipped = self.scale.remove()
-        self._warn_after_resume()
-        self._decide()  # upon a delayed check
-        self._watch_warm_up()
-        live = self._live()
+        self._decide()  # upon a check that was left open (delay_transfer)
+        for extension in self.extensions:
+            extension.before_check(step)
         if self.t % self.config.check_every == 0:
-            loss = None if loss is None else self.ranks.mean(loss)
-            values = self.ranks.agree(self._measure(() if skipped else live, live, loss))
-            self._reading = Reading(self.t, [component.name for component in live], values)
+            names = [component.name for component in self.live]  # all W not in F
+            self._open = Check(self.t, names, self.ranks.agree(self._measure(step)))  # G_W(t)
             if not self.config.delay_transfer:
                 self._decide()
-                live = self._live()
-        if skipped:
-            self._forget()
-        else:
-            due = (self.t + 1) % self.config.check_every == 0 and not self.done
-            for name, monitor in self.monitors.items():
-                monitor.remember(p for c in live if due and c.monitor == name for p in c.measured)
-        if self.clipping is not None:
-            self.clipping.factors.clear()
-        if self.meter is not None:
-            self.meter.step()
+        self._remember(step)
+        for extension in self.extensions:
+            extension.on_step_end(step)
 
-    def _loss_of_step(self, given: Tensor | float | None) -> Tensor | None:
-        """As a 0-d tensor; None where no statistic asks for it."""
-        if self.loss is None:
-            return None
-        seen = self.loss.take()
-        if given is not None:
-            return torch.as_tensor(given).detach().to(self.components[0].parameters[0].device)
-        if seen is None:
-            raise RuntimeError(
-                "monitor='gradient_per_loss', which criterion='rise' looks at, needs the loss of each step, and the "
-                "model has returned none (it is computed outside of it). Pass monitor='gradient_norm' and rise=0.25, a "
-                "tau, or in a loop of your own engine.step(loss=loss)."
+    def _decide(self) -> None:
+        if self._open is None or self.ended is not None:
+            return
+        check, self._open = self._open, None
+        components, values = self._valid(check)
+        places = torch.tensor([self._place[component.name] for component in components], dtype=torch.long)
+        verdicts = self.criterion.update(places, check.step, values)  # G_W(t) < tau_W
+        if check.step <= self.t_grace or not verdicts.any():
+            return
+        if self.ending is not None:
+            self.ending.propose(int(verdicts.sum()))
+        else:
+            self._freeze([components[i] for i in verdicts.nonzero().flatten().tolist()], values[verdicts])
+
+    def _freeze(self, converged: Sequence[Component], values: Tensor) -> None:
+        self._mark(dict.fromkeys((component.name for component in converged), self.t))  # F <- F + {W}
+        self.freezer.freeze(parameter for component in converged for parameter in component.parameters)
+        for statistic in self.statistics.values():
+            statistic.forget(p for c in converged if c.monitor == statistic.name for p in c.measured)
+        self.criterion.forget(torch.tensor([self._place[component.name] for component in converged]))
+        for extension in self.extensions:
+            extension.on_freeze(converged, values)
+        self._settle()
+        if self.progress >= 1:
+            self.ended = self.conclude()
+        logger.info(
+            "GradES step %d: froze %d (%s); %d of %d components are frozen.",
+            self.t, len(converged), kinds(converged), len(self.frozen), len(self.components),
+        )  # fmt: skip
+        earliest = self.t_grace + self.config.check_every + int(self.config.delay_transfer)
+        if len(converged) == len(self.components) > 1 and self.t <= earliest:
+            logger.warning(
+                "GradES: every component was below tau at the first check that could freeze it (step %d), so this run "
+                "ends like one that is simply stopped there. tau is probably too large for this model.",
+                self.t,
             )
-        return seen
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> list[Component]:
+        """The components that are not frozen."""
+        if self._live is None:
+            self._live = [component for component in self.components if component.name not in self.frozen]
+        return self._live
+
+    @property
+    def frozen_fraction(self) -> float:
+        """The part of the components that take part in training that is frozen, 0 to 1."""
+        return len(self.frozen) / max(1, int(self.took_part.sum()))
+
+    @property
+    def progress(self) -> float:
+        """How much of what has to freeze before training ends is frozen, 0 to 1."""
+        return min(1.0, self.frozen_fraction / self.config.max_frozen_fraction)
+
+    @property
+    def done(self) -> bool:
+        """Whether training should end after this step."""
+        return self.ended is not None
+
+    def extension(self, name: str) -> Any:
+        """The extension of that name (see `assembly.py`); None where this run has none."""
+        return next((extension for extension in self.extensions if extension.name == name), None)
 
     def reassert(self) -> None:
         """Freeze again what something else (PEFT's `disable_adapter()`) has unfrozen since the last step."""
-        self.freezer.reassert()
-        if self.merger is not None:
-            self.merger.refresh()
+        for extension in self.extensions:
+            extension.reassert()
 
     def log(self, loss: float | None = None) -> None:
         """Add a row to `history.logs` (time, components frozen, compute saved); call where the loop logs its loss."""
-        row = {"step": self.t, "seconds": time.monotonic() - self._began, "frozen": len(self.history.events)}
+        row: dict[str, float] = {"step": self.t, "frozen": len(self.frozen)}
         if loss is not None:
             row["loss"] = float(loss)
-        if self.meter is not None and self.meter.measured:
-            savings = self.savings()
-            row["compute_saved"] = savings.fraction
-            self.history.savings = dataclasses.asdict(savings)
-        self.history.record_log(row)
+        if self.meter.measured:
+            row["compute_saved"] = self.savings().fraction
+        self.extension("history").log(row)
 
     def flush(self) -> None:
         """Complete the history: nothing freezes any more. The check that `delay_transfer` has left open is added."""
-        if self._reading is not None:
-            self._record(self._reading)
-            self._reading = None
-        if self.meter is not None and self.meter.measured:
-            self.history.savings = dataclasses.asdict(self.savings())
+        if self._open is not None:
+            check, self._open = self._open, None
+            self._valid(check)
         self.history.ended = "converged" if self.done else "completed" if self.t >= self.total_steps else "stopped"
+        if self.meter.measured:
+            self.history.savings = dataclasses.asdict(self.savings())
 
     def close(self) -> None:
         """End the run: `requires_grad` is as it was before (unless `keep_frozen`), everything kept is freed."""
-        self._closed = True
+        if self._undo is None:
+            return
         self.flush()
-        if self.meter is not None:
-            self.meter.close()
-        if self.merger is not None:
-            self.merger.close()
-        if self.prefix is not None:
-            self.prefix.close()
-        self.batches.close()
-        if self.clipping is not None:
-            self.clipping.close()
-        if self.loss is not None:
-            self.loss.close()
-        if self.freezer.placeholders is not None:
-            self.freezer.placeholders.close()
-        self.freezer.release(keep_frozen=self.config.keep_frozen)
+        undo, self._undo = self._undo, None
+        for statistic in self.statistics.values():
+            statistic.forget(list(statistic.previous))
         if self.frozen and not self.config.keep_frozen:
-            self.ranks.changed()
-        self.ranks.close()
-        self._forget()
+            self.ranks.on_grad_pattern()
+        undo.close()
+        if _active.get(self.model) is self:
+            del _active[self.model]
+
+    @staticmethod
+    def release(model: nn.Module) -> None:
+        """End whatever engine still holds `model` (its run was interrupted), so that it is trainable as before."""
+        engine = _active.get(model)
+        if engine is not None:
+            engine.close()
 
     def savings(self) -> Savings:
         """What the steps so far have cost in FLOPs, and what freezing has saved of them; also after `close`.
 
         Raises:
-            RuntimeError: it is not measured: `count_flops=False`, no step so far, a compiled model (torch.compile), or
-                a checkpoint without counts; the message says which.
+            RuntimeError: it is not measured: no step so far, a compiled model (torch.compile), or a checkpoint without
+                counts; the message says which.
         """
-        if self.meter is None:
-            raise RuntimeError("savings are not measured: count_flops=False. Pass count_flops=True.")
         return self.meter.savings(self.total_steps)
+
+    def state_dict(self, *, tensors: bool = True) -> dict[str, Any]:
+        """All that a resumed run needs to go on as if it had not been interrupted; see `grades_hf.state`.
+
+        Args:
+            tensors: Whether the tensors come along; without them the dict holds JSON types only.
+        """
+        return state.save(self, tensors=tensors)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`: freezes what was frozen; call after model and optimizer were restored.
+
+        Where options or `total_steps` are others than those of the state, the new ones hold from here on and a warning
+        names them: what is frozen stays frozen, patience starts to count anew, and with another statistic the record
+        begins anew, too.
+
+        Raises:
+            ValueError: the state does not fit the model; nothing has been changed then.
+        """
+        state.load(self, saved)
 
     def describe(self) -> str:
         """What is tracked and how, in one line."""
-        groups = Counter(
-            f"{component.tower} {component.group}" if component.tower else component.group
-            for component in self.components
-        )
+        groups = Counter(f"{c.tower} {c.group}" if c.tower else c.group for c in self.components)
         taus = sorted({component.tau for component in self.components if component.tau is not None})
-        rule = f"criterion {self.criterion.name}"
+        rule = "looks at held-out rows decide when to end"
         if taus:
-            many = f"{len(taus)} values of tau from {taus[0]:g} to {taus[-1]:g}"
-            rule = f"{rule}, " if len(self.criterion.parts) > 1 else ""
-            rule += f"tau {taus[0]:g}" if len(taus) == 1 else many
-        if self.config.quorum:
-            rule += f", quorum {self.config.quorum:g}"
+            rule = f"tau {taus[0]:g}" if len(taus) == 1 else f"{len(taus)} values of tau from {taus[0]:g} to {taus[-1]:g}"
+            rule += f"; freezing from step {self.t_grace + 1} of {self.total_steps} on"
         return (
             f"GradES tracks {len(self.components)} components ("
             + ", ".join(f"{number} {group}" for group, number in groups.items())
             + f") with {sum(component.numel for component in self.components):,} parameters; "
-            + f"monitor {', '.join(self.monitors)} ({self.config.reduction}), {rule}; "
-            + f"freezing from step {self.t_grace + 1} of {self.total_steps} on."
+            + f"statistic {', '.join(self.statistics)} ({self.config.reduction}), {rule}."
         )
 
     def conclude(self) -> str:
         """What came of it, in one line."""
-        line = f"{len(self.history.events)} of {len(self.components)} components are frozen after step {self.t}"
-        if self.history.events:
-            steps = [event["step"] for event in self.history.events]
-            line += f", between steps {min(steps)} and {max(steps)}"
-        live = {c.name: c.tau for c in self.components if c.frozen_at is None and c.tau is not None}
+        if self.ending is not None:
+            return self.ending.conclude()
+        line = f"{len(self.frozen)} of {len(self.components)} components are frozen after step {self.t}"
+        if self.frozen:
+            line += f", between steps {min(self.frozen.values())} and {max(self.frozen.values())}"
+        live = {c.name: c.tau for c in self.live if c.tau is not None}
         nearest = min(((value / live[n], n) for n, value in self.history.latest().items() if n in live), default=None)
         if nearest is not None:
             line += f"; nearest to its tau of those still trained: {nearest[1]} at {nearest[0]:.3g} x tau"
         return line + "."
 
-    def _forget(self) -> None:
-        for monitor in self.monitors.values():
-            monitor.forget(list(monitor.previous))
-
-    # --- one check -----------------------------------------------------------------------------------------------
-
-    def _live(self) -> list[Component]:
-        return [component for component in self.components if component.frozen_at is None]
+    # --- one check -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _measure(self, measured: Sequence[Component], live: Sequence[Component], loss: Tensor | None = None) -> Tensor:
-        """The statistic of each component of `live`, NaN where there is none, or where it is not among `measured`.
+    def _measure(self, step: Step) -> Tensor:
+        """The statistic of each live component, NaN where there is none.
 
         Returns:
             (len(live),) in float64 on the device of the first component. There is no transfer to the host.
         """
-        device = self.components[0].parameters[0].device
-        if not live:
-            return torch.empty(0, dtype=torch.float64, device=device)
-        number = next(iter(self.monitors.values())).sums  # the same for all: only those with one are combined
-        shape = () if number == 1 else (number,)
+        live, device = self.live, self.components[0].parameters[0].device
         found: dict[Tensor, Tensor] = {}
-        for name, monitor in self.monitors.items():
-            found |= monitor.measure(p for c in measured if c.monitor == name for p in c.measured)
+        for name, statistic in self.statistics.items():
+            if not step.skipped:
+                found |= statistic.measure(p for c in live if c.monitor == name for p in c.measured)
         if self.ranks.sharded:
-            among = [parameter for component in measured for parameter in component.measured]
-            single = [sums.flatten() for sums in found.values()]
-            columns = [[sums[index] for sums in single] for index in range(number)]
-            added = [self.ranks.add_shards(column, list(found), among) for column in columns]
-            found = {p: torch.stack(sums).view(shape) for p, *sums in zip(found, *added, strict=True)}
-        nan, zero = torch.full(shape, math.nan, device=device), torch.zeros(shape, device=device)
-        width = max(len(component.measured) for component in live)
-        norms: list[Tensor] = []  # for each component `width` of them
-        elements: list[int] = []
-        for component in live:
-            parts = component.measured
-            row = [found[p] for p in parts if p in found]
-            if len(row) < len(parts):
-                parts = tuple(p for p in parts if self.monitors[component.monitor].takes_part(p))
-                if not row or len(row) < len(parts):
-                    row = [nan]
-            norms += row + [zero] * (width - len(row))
-            if self.config.reduction == "mean":
-                elements.append(sum(p.numel() for p in parts))
-        values = _stack(norms, device).view(len(live), width, *shape).sum(1)
+            among = [parameter for component in live for parameter in component.measured]
+            found = dict(zip(found, self.ranks.add_shards(list(found.values()), list(found), among), strict=True))
+        owners: list[int] = []
+        norms: list[Tensor] = []
+        elements, missing = [0] * len(live), [False] * len(live)
+        for place, component in enumerate(live):
+            before = len(norms)
+            for parameter in component.measured:
+                norm = found.get(parameter)
+                if norm is not None:
+                    norms.append(norm)
+                    owners.append(place)
+                    elements[place] += parameter.numel()
+                elif self.statistics[component.monitor].takes_part(parameter):
+                    missing[place] = True
+            missing[place] |= len(norms) == before
+        self._note_who_takes_part(live)
+        values = torch.zeros(len(live), dtype=torch.float64, device=device)
+        if norms:
+            values.index_add_(0, torch.tensor(owners, device=device), _stack(norms, device))
+        if any(missing):
+            values[torch.tensor(missing, device=device)] = math.nan
         if self.config.reduction == "mean":
-            torch._foreach_div_(list(values.unbind()), [float(max(1, count)) for count in elements])
-        values = next(iter(self.monitors.values())).combine(values)
-        if loss is not None:
-            loss = loss.to(values)
-            values = torch.where(loss > 0, values / loss, math.nan)
+            values /= torch.tensor([max(1, number) for number in elements], dtype=torch.float64, device=device)
+        for extension in self.extensions:
+            values = extension.correct(values, live, step)
         return values
 
-    def _decide(self) -> None:
-        """Record the check that is open, if any, and freeze what has converged."""
-        if self._reading is None:
-            return
-        reading, self._reading = self._reading, None
-        values = self._record(reading)
-        live = [component for component in self._live() if component.name in values]
-        # Every component's record goes on, also in the grace period, so no short circuit here.
-        converged = [c for c in live if self.criterion.update(c.name, reading.step, values[c.name])]
-        agreed = len(converged) + len(self.components) - len(self._live())
-        if (
-            converged
-            and reading.step > self.t_grace
-            and agreed >= cast(float, self.config.quorum) * len(self.components)
-        ):
-            self._freeze(converged, values)
+    def _note_who_takes_part(self, live: Sequence[Component]) -> None:
+        for component in live:
+            place = self._place[component.name]
+            if not self.took_part[place] and any(parameter.grad is not None for parameter in component.parameters):
+                self.took_part[place] = True
 
-    def _record(self, reading: Reading) -> dict[str, float]:
-        values = reading.values()
-        nothing = all(value == 0 or math.isnan(value) for value in values.values())
-        for component in self.components:
-            if values.get(component.name) == 0 and not self._zero_counts(component, reading.step, nothing):
-                values[component.name] = math.nan
-        self.history.record(reading.step, {c.name: values[c.name] for c in self._live() if c.name in values})
-        return values
+    def _valid(self, check: Check) -> tuple[list[Component], Tensor]:
+        """The live components of a check and their values, in which a 0 that is no value is NaN; they are recorded."""
+        places = torch.tensor([self._place[name] for name in check.names], dtype=torch.long)
+        values = check.values().clone()
+        zero = values == 0
+        if zero.any():
+            nothing = bool((zero | values.isnan()).all())
+            counts = zero & ~self.learned[places] & (not nothing)
+            for i in (zero & ~counts).nonzero().flatten().tolist():
+                counts[i] = self._stays_the_same(self.components[int(places[i])], check.step)
+            for i in zero.nonzero().flatten().tolist():
+                if not self.statistics[self.components[int(places[i])].monitor].zero_is_a_value:
+                    counts[i] = False
+            values[zero & ~counts] = math.nan
+        self.learned[places] |= values.abs() > 0
+        still = torch.tensor([name not in self.frozen for name in check.names], dtype=torch.bool)
+        components, values = [self.components[p] for p in places[still].tolist()], values[still]
+        for extension in self.extensions:
+            extension.on_values(check.step, components, values)
+        return components, values
 
-    def _zero_counts(self, component: Component, step: int, nothing: bool) -> bool:
-        """Whether a statistic of exactly 0 is a value (see `Monitor`); `nothing`: no component has another one."""
-        monitor = self.monitors[component.monitor]
-        if not monitor.zero_is_a_value:
-            return False
-        if not nothing and not any(abs(value) > 0 for value in self.history.values[component.name]):
-            return True  # it takes part, and never has had a gradient
-        # A gradient that stays the same changes by 0. This asks the device, but hardly ever; where the gradient is not
-        # whole or gone by now, the answer is no.
-        known = monitor.sampler is None and not self.ranks.sharded and step == self.t
+    def _stays_the_same(self, component: Component, step: int) -> bool:
+        """Whether a change of 0 is that of a gradient which stays the same and is not 0.
+
+        This asks the device, but hardly ever. Where the gradient is not whole or gone by now, the answer is no.
+        """
+        known = self.config.sample_size is None and not self.ranks.sharded and step == self.t
         return known and any(p.grad is not None and bool(p.grad.any()) for p in component.measured)
 
-    def _new_criterion(self) -> Criterion:
-        by_name = {component.name: component for component in self.components}
-        return make_criterion(self.config, self.total_steps, lambda name: cast(float, by_name[name].tau))
+    def _remember(self, step: Step) -> None:
+        due = (self.t + 1) % self.config.check_every == 0 and not self.done and not step.skipped
+        for name, statistic in self.statistics.items():
+            if step.skipped:
+                statistic.forget(list(statistic.previous))
+            else:
+                statistic.remember(p for c in self.live if due and c.monitor == name for p in c.measured)
 
-    def _watch_warm_up(self) -> None:
-        """Let a criterion that compares with the past begin anew where the learning rate is higher than ever before."""
-        if not self.criterion.relative:
-            return
-        groups = [group for optimizer in self.freezer.optimizers for group in optimizer.param_groups]
-        if not groups:
-            return
-        rate = max(float(group["lr"]) for group in groups)
-        if self._learning_rate is not None and rate > self._learning_rate:
-            for part in self.criterion.relative:
-                part.forget()
-        self._learning_rate = rate if self._learning_rate is None else max(rate, self._learning_rate)
+    # --- parts -----------------------------------------------------------------------------------------------------
 
-    def _freeze(self, converged: Sequence[Component], values: Mapping[str, float]) -> None:
-        for component in converged:
-            component.frozen_at = self.t
-            self.history.record_freeze(self.t, component, values[component.name])
-            self.freezer.freeze(component.parameters)
-            self.monitors[component.monitor].forget(component.measured)
-        self.criterion.forget([component.name for component in converged])
-        if self.prefix is not None:
-            self.prefix.update(self.t)
-        if self.batches.due(self._progress):
-            self._settle()
-        logger.info(
-            "GradES step %d: froze %d (%s); %d of %d components are frozen.",
-            self.t,
-            len(converged),
-            kinds(converged),
-            len(self.history.events),
-            len(self.components),
-        )
-        delay = int(self.config.delay_transfer)
-        if len(converged) == len(self.components) > 1 and self.t <= self.t_grace + self.config.check_every + delay:
-            has_tau = self.config.tau is not None
-            logger.warning(
-                "GradES: every component %s at the first check that could freeze it (step %d), so this run "
-                "ends like one that is simply stopped there. %s",
-                "was below tau" if has_tau else "froze",
-                self.t,
-                "tau is probably too large for this model." if has_tau else "Lower alpha to freeze each in its time.",
-            )
+    def _mark(self, frozen: Mapping[str, int]) -> None:
+        """Components are frozen from these steps on."""
+        self.frozen |= frozen
+        for name, step in frozen.items():
+            self.components[self._place[name]].frozen_at = step
+        self._live = None
 
     def _settle(self) -> None:
-        """Whatever is frozen requires no gradient from the next forward pass on."""
+        """Whatever is frozen requires no gradient from the next forward pass on, if now is a good moment."""
+        if self.freezer.due is not None and not self.freezer.due(self.progress):
+            return
         self.freezer.settle()
-        if self.prefix is not None:
-            self.prefix.cut()
-        if self.merger is not None:
-            self.merger.merge(component for component in self.components if component.frozen_at is not None)
-        self.ranks.changed()
+        for extension in self.extensions:
+            extension.on_grad_pattern()
+
+    def _refuse_closed(self) -> None:
+        if self._undo is None:
+            raise RuntimeError(
+                "this engine is closed: another run has begun for its model, or with its callback. Two runs at a time "
+                "need a model and a GradESCallback each."
+            )
 
 
 def _stack(norms: list[Tensor], device: torch.device) -> Tensor:
-    """Tensors of one shape as one in float64 on `device`, in order; one copy from each other device."""
+    """0-d tensors as one in float64 on `device`, in order; one copy from each other device."""
     for other in {norm.device for norm in norms} - {device}:
         indices = [index for index, norm in enumerate(norms) if norm.device == other]
         moved = torch.stack([norms[index] for index in indices]).to(device, non_blocking=True)

@@ -1,254 +1,313 @@
-"""What a checkpoint holds of an engine, and how a resumed run goes on from it."""
+"""What a checkpoint holds of an engine, and how a resumed run goes on from it.
+
+Loading has two phases: everything is checked first, which may refuse, and then everything is taken over, which cannot.
+So a refused checkpoint changes nothing.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import time
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .compilation import Batches
-from .components import Component
-from .config import GradESConfig
-from .criteria import Criterion
-from .flops import ComputeMeter
-from .freezer import Freezer
-from .history import History, check_events
-from .monitors import Monitor
-from .prefix import Prefix
-from .transfer import Reading
+from .contracts import Check
+from .record.history import History
+
+if TYPE_CHECKING:
+    from .engine import GradES
 
 logger = logging.getLogger(__name__)
 
-# The options that decide what is measured, and those that decide what freezes and when.
+FORMAT = 2
+
+# The options that decide what is measured, and those that decide what freezes or ends the run, and when.
 SCALE = ("monitor", "reduction", "sample_size")
 RULE = (
-    "tau", "alpha", "criterion", "patience", "window", "smoothing", "rise", "significance", "quorum",
-    "check_every", "target_modules", "exclude_modules", "max_frozen_fraction", "freeze_prefix", "delay_transfer",
+    "tau", "alpha", "patience", "rise", "look_rows", "return_weights", "check_every", "target_modules",
+    "exclude_modules", "max_frozen_fraction", "freeze_prefix", "delay_transfer",
 )  # fmt: skip
+_MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 
 
-class Resumable:
-    """The part of `GradES` that saves and restores it."""
+def save(engine: GradES, *, tensors: bool) -> dict[str, Any]:
+    """The state of `engine`.
 
-    config: GradESConfig
-    total_steps: int
-    t: int
-    t_grace: int
-    components: list[Component]
-    history: History
-    criterion: Criterion
-    monitors: dict[str, Monitor]
-    freezer: Freezer
-    batches: Batches
-    prefix: Prefix | None
-    meter: ComputeMeter | None
-    remembers: bool
-    _began: float
-    _resumed: bool
-    _reading: Reading | None
-    _learning_rate: float | None
-
-    if TYPE_CHECKING:
-
-        @property
-        def frozen(self) -> dict[str, int]: ...
-        @property
-        def _progress(self) -> float: ...
-        def _live(self) -> list[Component]: ...
-        def _new_criterion(self) -> Criterion: ...
-        def _settle(self) -> None: ...
-
-    def state_dict(self, *, tensors: bool = True) -> dict[str, Any]:
-        """All that a resumed run needs to go on as if it had not been interrupted.
-
-        Args:
-            tensors: With the tensors of the last step that the statistic compares with; without them the dict holds
-                JSON types only.
-
-        Returns:
-            `step`, `seconds` (of training), `events` (what froze when), `criterion`
-            (what it keeps of each component), `learning_rate` (the highest so far, where the criterion asks for it),
-            `config` and `total_steps` (what they were made with), `checksum` (of the history), `reading` (the check
-            that `delay_transfer` has left open, if any);
-            and with `tensors` also `history` and `previous` (component name -> one tensor or None for each measured
-            tensor).
-        """
-        state: dict[str, Any] = {
-            "step": self.t,
-            "seconds": time.monotonic() - self._began,
-            "events": list(self.history.events),
-            "criterion": self.criterion.state_dict(),
-            "config": self.config.state_dict(),
-            "total_steps": self.total_steps,
-            "checksum": self.history.checksum(),
+    Returns:
+        JSON types: `format`, `step`, `frozen` (what froze when, at which value), `learned` and `took_part` (names of
+        the components that ever had a value other than 0, or a gradient), `criterion` (name -> the numbers that it
+        keeps), `open` (a check that is not decided upon yet), `ended`, `config` and `total_steps` (what they were made
+        with), `checksum` (of the history), `extensions` (name -> its state). With `tensors` also `history`, `previous`
+        (component -> a tensor or None for each measured tensor) and `tensors` (extension -> parameter name -> tensor).
+    """
+    names = [component.name for component in engine.components]
+    values = {event["name"]: event["value"] for event in engine.history.events}
+    state: dict[str, Any] = {
+        "format": FORMAT,
+        "step": engine.t,
+        "frozen": [{"name": n, "step": step, "value": values.get(n)} for n, step in engine.frozen.items()],
+        "learned": [names[place] for place in engine.learned.nonzero().flatten().tolist()],
+        "took_part": [names[place] for place in engine.took_part.nonzero().flatten().tolist()],
+        "criterion": {names[place]: row for place, row in enumerate(engine.criterion.memory.tolist()) if any(row)},
+        "open": None if engine._open is None else engine._open.state_dict(),
+        "ended": engine.ended,
+        "config": engine.config.state_dict(),
+        "total_steps": engine.total_steps,
+        "checksum": engine.history.checksum(),
+        "extensions": {x.name: found for x in engine.extensions if (found := x.state_dict())},
+    }
+    if tensors:
+        parameters = {parameter: name for name, parameter in engine.model.named_parameters()}
+        state["history"] = engine.history.to_dict()
+        state["previous"] = {
+            component.name: [engine.statistics[component.monitor].previous.get(p) for p in component.measured]
+            for component in engine.live
         }
-        if self._learning_rate is not None:
-            state["learning_rate"] = self._learning_rate
-        factors = {p: factor for monitor in self.monitors.values() for p, factor in monitor.previous_factors.items()}
-        if factors:
-            numbers = {factor: factor.item() for factor in set(factors.values())}  # mostly one for all
-            state["clipping"] = {
-                component.name: [numbers[factors[p]] if p in factors else 1.0 for p in component.measured]
-                for component in self.components
-                if not factors.keys().isdisjoint(component.measured)
-            }
-        if self.prefix is not None:
-            state["prefix"] = self.prefix.state_dict()
-        if self._reading is not None:
-            state["reading"] = self._reading.state_dict()
-        if self.meter is not None:
-            state["flops"] = self.meter.state_dict()
-        if tensors:
-            state["history"] = self.history.to_dict()
-            state["previous"] = {
-                component.name: [self.monitors[component.monitor].previous.get(p) for p in component.measured]
-                for component in self._live()
-            }
-        return state
+        state["tensors"] = {
+            x.name: {parameters[p]: tensor for p, tensor in found.items()}
+            for x in engine.extensions
+            if (found := x.tensors())
+        }
+    return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`: freezes what was frozen; call after model and optimizer were restored.
 
-        Where options or `total_steps` are others than those of the state, the new ones hold from here on and a warning
-        names them: what is frozen stays frozen, patience starts to count anew, and with another statistic the record
-        begins anew, too.
+@dataclasses.dataclass
+class _Checked:
+    """A state that fits the engine."""
 
-        Raises:
-            ValueError: the state does not fit the model; nothing has been changed then.
-        """
-        try:
-            step, criterion, made = int(state["step"]), self._new_criterion(), dict(state.get("config") or {})
-            if made.get("criterion", self.config.criterion) == self.config.criterion:
-                criterion.load_state_dict(state["criterion"])
-            learning_rate = float(state["learning_rate"]) if "learning_rate" in state else None
-            seconds = float(state.get("seconds", 0.0))
-            events = check_events(state["events"])
-            previous = {name: list(tensors) for name, tensors in state.get("previous", {}).items()}
-            clipping = {name: [float(f) for f in factors] for name, factors in state.get("clipping", {}).items()}
-            reading = Reading.from_state(state["reading"]) if "reading" in state else None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"this is no state of GradES: {error!r} is missing or malformed.") from error
-        by_name = {component.name: component for component in self.components}
-        names = [event["name"] for event in events]
-        open_names = () if reading is None else reading.names
-        observed = {name for part in criterion.parts for name in part.memory}
-        unknown = sorted({*names, *observed, *previous, *clipping, *open_names} - by_name.keys())
-        if unknown:
+    step: int
+    frozen: list[dict[str, Any]]
+    learned: list[str]
+    took_part: list[str]
+    criterion: dict[str, list[float]]
+    open: Check | None
+    ended: str | None
+    extensions: list[tuple[Any, Any]]
+    history: History | None
+    previous: dict[str, list[Tensor | None]]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def load(engine: GradES, saved: Mapping[str, Any]) -> None:
+    """Take over `saved`; see `GradES.load_state_dict`."""
+    state = _modern(saved)
+    changed = _changed_options(engine, state)
+    checked = _check(engine, state, changed)
+    if changed:
+        logger.warning(
+            "GradES: the checkpoint was made with other options (%s). The new ones hold from here on: what is frozen "
+            "stays frozen, other components may freeze from step %d on, and patience starts to count anew.",
+            "; ".join(f"{name}: {before!r} -> {now!r}" for name, (before, now) in changed.items()),
+            max(engine.t_grace, checked.step) + 1,
+        )
+    _take_over(engine, checked, changed)
+
+
+def _check(engine: GradES, state: Mapping[str, Any], changed: Mapping[str, Any]) -> _Checked:
+    try:
+        step = int(state["step"])
+        frozen = [
+            {"name": str(item["name"]), "step": int(item["step"]), "value": _number(item["value"])}
+            for item in state["frozen"]
+        ]
+        learned, took_part = [str(n) for n in state["learned"]], [str(n) for n in state["took_part"]]
+        criterion = {str(name): [float(number) for number in row] for name, row in state["criterion"].items()}
+        opened = None if state.get("open") is None else Check.from_state(state["open"])
+        ended = None if state.get("ended") is None else str(state["ended"])
+        previous = {str(name): list(tensors) for name, tensors in state.get("previous", {}).items()}
+        tensors = {str(name): dict(found) for name, found in state.get("tensors", {}).items()}
+        extensions = dict(state.get("extensions", {}))
+    except _MALFORMED as error:
+        raise ValueError(f"this is no state of GradES: {error!r} is missing or malformed.") from error
+    by_name = {component.name: component for component in engine.components}
+    open_names = () if opened is None else opened.names
+    mentioned = {*(item["name"] for item in frozen), *learned, *took_part, *criterion, *previous, *open_names}
+    if unknown := sorted(mentioned - by_name.keys()):
+        raise ValueError(
+            f"the checkpoint knows components that the model does not have ({', '.join(unknown[:3])}"
+            f"{', ...' if len(unknown) > 3 else ''}): resume with the same model, adapter and target_modules that the "
+            "checkpoint was made with."
+        )
+    if step < 0 or any(not 1 <= item["step"] <= step for item in frozen):
+        raise ValueError(f"the state of GradES contradicts itself: of step {step}, it has freezings of later ones.")
+    if len({item["name"] for item in frozen}) != len(frozen):
+        raise ValueError("the state of GradES contradicts itself: a component is frozen twice.")
+    if changed:
+        criterion = {}
+    if not all(len(row) == engine.criterion.width and all(map(math.isfinite, row)) for row in criterion.values()):
+        raise ValueError(f"the state of GradES holds numbers that are none of criterion {engine.criterion.name!r}.")
+    for name, found in previous.items():
+        if len(found) != len(by_name[name].measured):
             raise ValueError(
-                f"the checkpoint knows components that the model does not have ({', '.join(unknown[:3])}"
-                f"{', ...' if len(unknown) > 3 else ''}): resume with the same model, adapter and "
-                "target_modules that the checkpoint was made with."
+                f"the checkpoint measured {len(found)} tensors of {name}, the model has "
+                f"{len(by_name[name].measured)}: resume with the same adapter that it was made with."
             )
-        if any(not 1 <= event["step"] <= step for event in events):
-            raise ValueError(f"the state of GradES contradicts itself: of step {step}, it has freezings of later ones.")
-        for name, tensors in previous.items():
-            if len(tensors) != len(by_name[name].measured):
-                raise ValueError(
-                    f"the checkpoint measured {len(tensors)} tensors of {name}, the model has "
-                    f"{len(by_name[name].measured)}: resume with the same adapter that it was made with."
-                )
-        history = History.from_dict(state["history"]) if "history" in state else None
-        if self.meter is not None and "flops" in state:
-            self.meter.load_state_dict(state["flops"])
-        elif self.meter is not None and events:
-            self.meter.reason = "the checkpoint holds no counts (count_flops=False, or an older version of grades-hf)"
-        changed = self._changed_options(state)
-        if self.prefix is not None and "prefix" in state:
-            self.prefix.load_state_dict(state["prefix"])
-        self.t = step
-        self._began = time.monotonic() - seconds
-        self._resumed = True
-        self.criterion = self._new_criterion() if changed else criterion
-        self._learning_rate = learning_rate
-        self._reading = None if changed.intersection(SCALE) else reading
-        self.history.events = events
-        for event in events:
-            component = by_name[event["name"]]
-            component.frozen_at = event["step"]
-            self.freezer.freeze(component.parameters)
-        if events:
-            self.batches.due(self._progress)
-            self._settle()
-        if history is not None:
+    pairs = []
+    for extension in engine.extensions:
+        if extension.name in extensions:
             try:
-                self.adopt_history(history)
-            except ValueError as error:
-                if not changed:
+                pairs.append((extension, extension.check(extensions[extension.name])))
+            except _MALFORMED as error:
+                if type(error) is ValueError:
                     raise
-                logger.warning("GradES: earlier values are lost from the history: %s", error)
-        # One criterion undoes clipping, another does not.
-        self.remembers = not changed.intersection((*SCALE, "criterion"))
-        for name, factors in clipping.items() if self.remembers else ():
-            known = self.monitors[by_name[name].monitor].previous_factors
-            known |= {p: torch.tensor(f, device=p.device) for p, f in zip(by_name[name].measured, factors, strict=True)}
-        for name, tensors in previous.items() if self.remembers else ():
-            component = by_name[name]
-            for parameter, tensor in zip(component.measured, tensors, strict=True):
-                if tensor is not None:
-                    self.monitors[component.monitor].restore(parameter, tensor)
+                raise ValueError(
+                    f"this is no state of GradES: of its part {extension.name!r}, {error!r} is missing or malformed."
+                ) from error
+    history = None
+    if "history" in state:
+        try:
+            history = History.from_dict(state["history"])
+        except ValueError:
+            if not changed:
+                raise
+    if changed.keys() & {*SCALE}:
+        opened = None
+    return _Checked(
+        step, frozen, learned, took_part, criterion, opened, ended, pairs, history, previous, tensors
+    )  # fmt: skip
 
-    def _changed_options(self, state: Mapping[str, Any]) -> set[str]:
-        """The options of `state` that are others now; one warning names them."""
-        own, earlier = self.config.state_dict(), dict(state.get("config") or {})
-        names = [name for name in (*RULE, *SCALE) if name in earlier and earlier[name] != own[name]]
-        changed: dict[str, tuple[Any, Any]] = {name: (earlier[name], own[name]) for name in names}
-        if state.get("total_steps", self.total_steps) != self.total_steps:
-            changed["total_steps"] = (state["total_steps"], self.total_steps)
-        if changed:
-            logger.warning(
-                "GradES: the checkpoint was made with other options (%s). The new ones hold from here on: what is "
-                "frozen stays frozen, other components may freeze from step %d on, and patience starts to count anew.",
-                "; ".join(f"{name}: {before!r} -> {now!r}" for name, (before, now) in changed.items()),
-                max(self.t_grace, int(state["step"])) + 1,
-            )
-        return set(changed)
 
-    def adopt_history(self, history: History, checksum: int | None = None) -> None:
-        """Continue an earlier record of this run, as far as it goes up to the current step.
+def _take_over(engine: GradES, checked: _Checked, changed: Mapping[str, Any]) -> None:
+    by_name = {component.name: component for component in engine.components}
+    engine.t = checked.step
+    engine._resumed = True
+    engine._open = checked.open
+    engine.history.events = [{**item, "tau": by_name[item["name"]].tau} for item in checked.frozen]
+    engine._mark({item["name"]: item["step"] for item in checked.frozen})
+    for name in checked.learned:
+        engine.learned[engine._place[name]] = True
+    for name in checked.took_part:
+        engine.took_part[engine._place[name]] = True
+    for name, row in checked.criterion.items():
+        engine.criterion.memory[engine._place[name]] = torch.tensor(row, dtype=torch.float64)
+    for name in engine.frozen:
+        engine.freezer.freeze(by_name[name].parameters)
+    engine.ended = checked.ended if checked.ended is not None or engine.progress < 1 else engine.conclude()
+    for extension, found in checked.extensions:
+        extension.load(found)
+    if engine.frozen:
+        engine._settle()
+    if checked.history is not None:
+        try:
+            adopt_history(engine, checked.history)
+        except ValueError as error:
+            logger.warning("GradES: earlier values are lost from the history: %s", error)
+    if changed.keys() & {*SCALE}:
+        return
+    for name, tensors in checked.previous.items():
+        component = by_name[name]
+        for parameter, tensor in zip(component.measured, tensors, strict=True):
+            if tensor is not None:
+                engine.statistics[component.monitor].restore(parameter, tensor)
+    parameters = dict(engine.model.named_parameters())
+    for name, found in checked.tensors.items():
+        if (extension := engine.extension(name)) is not None:
+            extension.load_tensors({parameters[key]: tensor for key, tensor in found.items() if key in parameters})
 
-        Args:
-            history: The record.
-            checksum: What `state_dict()` said of it, None if that is not known.
 
-        Raises:
-            ValueError: the record is of another run; nothing has been changed then.
-        """
-        history.truncate(self.t, None if self._reading is None else self._reading.step - 1)
-        checks = len(history.steps)
-        fits = history.values.keys() == self.history.values.keys() and history.frozen == self.frozen
-        fits = fits and (checksum is None or checksum == history.checksum())
-        if not fits or any(len(history.values[c.name]) != checks for c in self.components if c.frozen_at is None):
-            raise ValueError("the history is of another run: its components, its frozen set or its values differ.")
-        if _scale(history) != _scale(self.history):
-            raise ValueError("the history is of another statistic (monitor, reduction or sample_size).")
-        self.history.steps = history.steps
-        self.history.values = history.values
-        self.history.logs = history.logs
+def adopt_history(engine: GradES, history: History, checksum: int | None = None) -> None:
+    """Continue an earlier record of this run, as far as it goes up to the current step.
 
-    def previous_tensors(self) -> dict[Tensor, Tensor]:
-        """What the monitors remember of the last step, by parameter; empty where they need no memory."""
-        return {p: tensor for monitor in self.monitors.values() for p, tensor in monitor.previous.items()}
+    Args:
+        engine: What has been loaded.
+        history: The record.
+        checksum: What the state said of it, None if that is not known.
 
-    def _warn_after_resume(self) -> None:
-        """Say once that the first check after a resume has nothing to compare with, where that is so."""
-        if not self._resumed:
-            return
-        self._resumed = False
-        needs_memory = {name for name, monitor in self.monitors.items() if monitor.compares_steps}
-        waiting = [c for c in self.components if c.frozen_at is None and c.monitor in needs_memory]
-        if self.t % self.config.check_every == 0 and waiting and not self.previous_tensors():
-            logger.warning(
-                "GradES: the checkpoint does not hold the tensors of the step before (it was saved without the "
-                "optimizer, or without GradES), so the check at step %d yields no value.",
-                self.t,
-            )
+    Raises:
+        ValueError: the record is of another run; nothing has been changed then.
+    """
+    history.truncate(engine.t, None if engine._open is None else engine._open.step - 1)
+    checks, own = len(history.steps), engine.history
+    fits = history.values.keys() == own.values.keys() and history.frozen == engine.frozen
+    fits = fits and (checksum is None or checksum == history.checksum())
+    if not fits or any(len(history.values[component.name]) != checks for component in engine.live):
+        raise ValueError("the history is of another run: its components, its frozen set or its values differ.")
+    if _scale(history) != _scale(own):
+        raise ValueError("the history is of another statistic (monitor, reduction or sample_size).")
+    own.adopt(history)
 
 
 def _scale(history: History) -> tuple[dict[str, str], Any, Any]:
-    """What its values measure."""
+    """What the values of a history measure."""
     monitors = {component["name"]: component["monitor"] for component in history.components}
     return monitors, history.config.get("reduction"), history.config.get("sample_size")
+
+
+def _changed_options(engine: GradES, state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The options of `state` that are others now: name -> (before, now)."""
+    own, earlier = engine.config.state_dict(), dict(state.get("config") or {})
+    names = [name for name in (*RULE, *SCALE) if name in earlier and earlier[name] != own[name]]
+    changed: dict[str, tuple[Any, Any]] = {name: (earlier[name], own[name]) for name in names}
+    total = state.get("total_steps", engine.total_steps)
+    if total != engine.total_steps:
+        changed["total_steps"] = (total, engine.total_steps)
+    return changed
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+# --- states of version 0.1.0 ---------------------------------------------------------------------------------------
+
+
+def _modern(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`saved` in today's format.
+
+    Raises:
+        ValueError: it is of a later version, or made with something that this one has no more.
+    """
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"this is no state of GradES, but a {type(saved).__name__}.")
+    if saved.get("format") == FORMAT:
+        return saved
+    if "format" in saved:
+        raise ValueError(
+            f"the state of GradES has format {saved['format']!r}, and this version reads up to {FORMAT}. Resume with "
+            "the version of grades-hf that wrote it, or a later one."
+        )
+    try:
+        config = dict(saved.get("config") or {})
+        deleted = [name for name in ("budget", "thaw") if config.get(name) is not None]
+        if config.get("criterion", "threshold") not in ("auto", "threshold", "rise"):
+            deleted.append("criterion")
+        if deleted:
+            raise ValueError(
+                f"the checkpoint was made with {deleted[0]}={config[deleted[0]]!r}, which is gone since grades-hf 0.2.0. "
+                "Finish this run with grades-hf 0.1.0."
+            )
+        events = [dict(event) for event in saved["events"]]
+        tau_free = config.get("criterion") == "rise"
+        for name in ("max_frozen_fraction", "alpha", "rise") if tau_free else ("rise",):
+            config.pop(name, None)
+        criterion = {name: list(row)[:3] if tau_free else list(row) for name, row in saved["criterion"].items()}
+        known = {event["name"] for event in events} | criterion.keys()
+        history = saved.get("history")
+        if isinstance(history, Mapping):
+            known |= {n for n, series in history["values"].items() if any(v for v in series if v is not None)}
+        extensions: dict[str, Any] = {}
+        if "prefix" in saved:
+            extensions["prefix"] = saved["prefix"]
+        if "learning_rate" in saved:
+            extensions["warm_up"] = {"rate": saved["learning_rate"]}
+        if "flops" in saved:
+            extensions["meter"] = {"format": 1, **saved["flops"]}
+        return {
+            **saved,
+            "format": FORMAT,
+            "config": config,
+            "frozen": events,
+            "learned": sorted(known),
+            "took_part": sorted(known),
+            "criterion": criterion,
+            "open": saved.get("reading"),
+            "extensions": extensions,
+        }
+    except _MALFORMED as error:
+        if type(error) is ValueError:
+            raise
+        raise ValueError(f"this is no state of GradES: {error!r} is missing or malformed.") from error

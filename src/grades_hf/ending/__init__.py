@@ -1,0 +1,7 @@
+"""The end of a run without a tau: the gradients propose when to look, a look decides, an average is returned."""
+
+from .average import Average
+from .ending import Ending
+from .look import HeldOut, RowLosses, Rows
+
+__all__ = ["Average", "Ending", "HeldOut", "RowLosses", "Rows"]

@@ -1,0 +1,113 @@
+"""A look: the losses of a few held-out rows, forward passes only, as if nobody had looked."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from ..parallel.ranks import Ranks
+
+RowLosses = Callable[[nn.Module], Tensor]
+HeldOut = RowLosses | Dataset[Any] | DataLoader[Any] | Sequence[Any]
+
+
+class Rows:
+    """The same few held-out rows for every look of a run, each in a batch of its own.
+
+    One row a batch is what works with any model, collator and loss: what comes out is the loss of that row.
+
+    Args:
+        source: The rows: a Dataset (or any sequence) or a DataLoader, whose dataset and collator are used.
+        number: How many of them, at most. They are drawn at random, but the same for the same source.
+        loss: From the model and a batch to its loss, a tensor with one element; by default the model takes the batch as
+            keyword arguments and returns its `loss`.
+        collate: From a list of one row to a batch; default: the DataLoader's, or torch's.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        number: int,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        self._loss = loss or model_loss
+        loader = source if isinstance(source, DataLoader) or hasattr(source, "collate_fn") else None
+        dataset = source if loader is None else loader.dataset
+        self._collate = collate or (default_collate if loader is None else loader.collate_fn)
+        if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            self._rows = list(itertools.islice(iter(dataset), number))
+        else:
+            size = len(dataset)
+            chosen = sorted(random.Random(0).sample(range(size), min(number, size)))
+            self._rows = [dataset[index] for index in chosen]
+        if not self._rows:
+            raise ValueError("held_out has no rows. Pass at least some rows that are not trained on.")
+
+    def losses(self, model: nn.Module, ranks: Ranks) -> list[float]:
+        """The loss of each row that falls to this rank."""
+        own = self._rows[ranks.rank :: ranks.number]
+        # Sharded parameters are gathered by all ranks together, so that all make as many passes.
+        passes = -(-len(self._rows) // ranks.number) if ranks.sharded else len(own)
+        losses = [self._of(model, own[i] if i < len(own) else self._rows[0]) for i in range(passes)]
+        return torch.stack(losses[: len(own)]).tolist() if own else []
+
+    def _of(self, model: nn.Module, row: Any) -> Tensor:
+        device = next(model.parameters()).device
+        batch = _to(self._collate([row]), device)
+        return self._loss(model, batch).detach().double().reshape(-1).mean().cpu()
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """What the model says its loss is."""
+    output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None and isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].numel() == 1:
+        loss = output[0]
+    if loss is None:
+        raise ValueError(
+            "held_out: the model returns no loss for a held-out row. Give the rows labels, or pass a function from the "
+            "model to the losses of the rows."
+        )
+    return loss  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def unseen(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode meanwhile; afterwards modes, buffers and random states are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    python, array = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model.eval()
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
+        for module, training in modes:
+            module.training = training
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_to(value, device) for value in batch)
+    return batch

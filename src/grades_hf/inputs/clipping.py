@@ -1,0 +1,99 @@
+"""Gradient clipping, undone in what is measured: by which factor it has scaled down the gradients of this step."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import utils
+from torch.nn.utils import clip_grad
+
+from ..contracts import Extension, Run, Step
+from ..find.components import Component
+from ..parallel.sharded import full
+
+_watching: weakref.WeakSet[Clipping] = weakref.WeakSet()
+_original: Callable[..., None] | None = None
+
+
+class Clipping(Extension):
+    """Divides the statistic by what clipping by the norm has multiplied the gradients of the step with.
+
+    A clipped gradient has the same length at every step, whatever happens to the model: only what clipping has taken
+    away tells that gradients grow. torch has no hook on it. So while an engine wants to know, the function is wrapped
+    in which `clip_grad_norm_` of torch, accelerate, Trainer and Lightning ends, `torch.nn.utils.clip_grads_with_norm_`.
+    Clipping by value, or by a loop's own code, is not seen; such a loop calls `engine.step()` before it.
+
+    Raises:
+        RuntimeError: this version of torch clips in another way.
+    """
+
+    name = "clipping"
+
+    def attach(self, run: Run, undo: ExitStack) -> None:
+        self._parameters = {parameter for component in run.components for parameter in component.measured}
+        self._factors: dict[Tensor, Tensor] = {}
+        undo.callback(_forget, self)
+        _watch(self)
+
+    def note(self, parameters: Iterable[Tensor], factor: Tensor) -> None:
+        """These have been clipped; twice in a step, where a loop does so."""
+        for parameter in parameters:
+            if parameter in self._parameters:
+                before = self._factors.get(parameter)
+                self._factors[parameter] = factor if before is None else before * factor
+
+    def before_check(self, step: Step) -> None:
+        step.factors = self._factors
+
+    def correct(self, values: Tensor, components: Sequence[Component], step: Step) -> Tensor:
+        factors = [step.factors.get(component.measured[0]) for component in components]
+        first = next((factor for factor in factors if factor is not None), None)
+        if first is None:
+            return values
+        if all(factor is first for factor in factors):  # one call has clipped all of them
+            return values / first.to(values)
+        one = first.new_ones(())
+        return values / torch.stack([one if factor is None else factor.to(one) for factor in factors]).to(values)
+
+    def on_step_end(self, step: Step) -> None:
+        self._factors = {}
+
+
+def _watch(clipping: Clipping) -> None:
+    global _original
+    if _original is None:
+        found = getattr(clip_grad, "_clip_grads_with_norm_", None)
+        if found is None or utils.clip_grads_with_norm_ is not found:
+            raise RuntimeError(
+                f"torch {torch.__version__} clips gradients in another way than torch 2.13, so clipping cannot be "
+                "undone, which GradES without a tau needs. Pass a tau, or use torch 2.13."
+            )
+        _original = found
+        clip_grad._clip_grads_with_norm_ = utils.clip_grads_with_norm_ = _wrap(found)
+    _watching.add(clipping)
+
+
+def _forget(clipping: Clipping) -> None:
+    global _original
+    _watching.discard(clipping)
+    if not _watching and _original is not None:
+        clip_grad._clip_grads_with_norm_ = utils.clip_grads_with_norm_ = _original
+        _original = None
+
+
+def _wrap(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def clip(parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any) -> None:
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        original(parameters, max_norm, total_norm, *args, **kwargs)
+        factor = torch.clamp(float(max_norm) / (full(total_norm.detach()) + 1e-6), max=1.0).float()
+        for clipping in list(_watching):
+            clipping.note(parameters, factor)
+
+    return clip

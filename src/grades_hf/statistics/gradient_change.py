@@ -1,0 +1,82 @@
+"""gradient_change: how much the gradient differs from that of the step before (Eq. 1, the paper's for full weights)."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from ..parallel.sharded import local
+from .base import L1Statistic
+from .sampling import Sampler
+
+logger = logging.getLogger(__name__)
+
+
+class GradientChange(L1Statistic):
+    r"""$G_W(t) = \sum_{ij} |(\nabla W_t)_{ij} - (\nabla W_{t-1})_{ij}|$.
+
+    Memory: one gradient per watched weight, or a sample of it. Where the training loop drops its gradients after each
+    step (`zero_grad(set_to_none=True)`, the default everywhere), the gradient's own buffer is kept and nothing is
+    copied. Where a buffer lives on (`set_to_none=False`, a view of a communication bucket) it is copied. The first step
+    is copied in any case, and what happens to its buffer tells which loop this is; should a loop later write to a
+    buffer that was kept, the buffer's version shows it: that one comparison is left out and copying begins.
+
+    A change of exactly 0 is a value where the gradient stays the same, and none where it is 0 in both steps, unless it
+    always was (see `engine.GradES`). With `delay_transfer`, a sample or shards the first is not told from the second.
+    """
+
+    name = "gradient_change"
+
+    def __init__(self, sampler: Sampler | None = None) -> None:
+        super().__init__(sampler)
+        # A parameter and its gradient of the first step: does that outlive its step?
+        self._witness: tuple[Tensor, weakref.ref[Tensor]] | None = None
+        self._may_keep: bool | None = None  # None until the first step's gradient has been seen to die
+        self._versions: dict[Tensor, int] = {}  # of kept buffers
+
+    def source(self, parameter: Tensor) -> Tensor | None:
+        return parameter.grad
+
+    def forget(self, parameters: Iterable[Tensor]) -> None:
+        parameters = list(parameters)
+        super().forget(parameters)
+        for parameter in parameters:
+            self._versions.pop(parameter, None)
+        if self._witness is not None and any(parameter is self._witness[0] for parameter in parameters):
+            self._witness = None
+
+    def _comparable(self, parameter: Tensor) -> bool:
+        previous = self.previous.get(parameter)
+        if previous is None or self._versions.get(parameter, previous._version) == previous._version:
+            return previous is not None
+        if self._may_keep:
+            logger.warning(
+                "GradES: something wrote to a gradient after the optimizer step that used it; the comparison of "
+                "this step is left out for the affected matrices, and gradients are copied from now on."
+            )
+        self._may_keep = False
+        return False
+
+    def _kept(self, sources: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        if self.sampler is not None:
+            return super()._kept(sources)
+        if self._may_keep is None and self._witness is not None:
+            self._may_keep = self._witness[1]() is None
+            self._witness = None
+        own = {p: gradient for p, gradient in sources.items() if self._may_keep and _owns_its_memory(gradient)}
+        for parameter in self._versions:  # a gradient's own buffer is no memory to copy into
+            self.previous.pop(parameter, None)
+        self._versions = {parameter: gradient._version for parameter, gradient in own.items()}
+        if self._may_keep is None and sources:
+            parameter, gradient = next(iter(sources.items()))
+            self._witness = parameter, weakref.ref(gradient)
+        copied = super()._kept({p: gradient for p, gradient in sources.items() if p not in own})
+        return {**own, **copied}
+
+
+def _owns_its_memory(tensor: Tensor) -> bool:
+    tensor = local(tensor)
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

@@ -1,0 +1,17 @@
+"""gradient_norm: how large the gradient is (Eq. 3 of the paper, its choice for LoRA)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import L1Statistic
+
+
+class GradientNorm(L1Statistic):
+    r"""$G_W(t) = \sum_{ij} |(\nabla W_t)_{ij}|$; of an adapter: $\|\nabla A\|_1 + \|\nabla B\|_1$."""
+
+    name = "gradient_norm"
+    two_steps = False
+
+    def source(self, parameter: Tensor) -> Tensor | None:
+        return parameter.grad
