@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 
-import grades_hf.history
+import grades_hf.record.history
 from grades_hf import GradESCallback, History
 from tests.runs import Setting, load, tokens
 
@@ -152,7 +152,7 @@ def arm(trainer: Trainer, where: str, step: int) -> None:
                     die()
                 return getattr(os, name)
 
-        grades_hf.history.os = Os()  # type: ignore[assignment]
+        grades_hf.record.history.os = Os()  # type: ignore[assignment]
     else:
         raise ValueError(f"where={where!r}")
 

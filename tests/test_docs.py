@@ -142,7 +142,7 @@ def test_equations_and_docstrings_are_rendered(site):
         assert text.count("<math ") >= least, name
         assert "arithmatex" not in text, name
     text = (site / "api.html").read_text(encoding="utf-8")
-    for name in [*(f"grades_hf.{name}" for name in grades_hf.__all__), "grades_hf.lightning.GradESLightningCallback"]:
+    for name in [*(f"grades_hf.{name}" for name in grades_hf.__all__), "grades_hf.GradESLightningCallback"]:
         assert f'id="{name}"' in text, name
 
 

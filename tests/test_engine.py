@@ -294,10 +294,10 @@ def test_freezing_frees_the_gradients_and_states_of_what_froze():
     config = GradESConfig(tau={"mlp": 1e30, "attention": 1e-30}, alpha=0.5)
     engine, optimizer, _ = train(model, config, steps=8)
     mlp = {p for c in engine.components if c.group == "mlp" for p in c.parameters}
-    assert set(engine.previous_tensors()) == _all(engine) - mlp
+    assert set(engine.tensors().get("previous", {})) == _all(engine) - mlp
     assert not mlp & set(optimizer.state)
     engine.close()
-    assert engine.previous_tensors() == {}
+    assert engine.tensors().get("previous", {}) == {}
     assert all(p.requires_grad for p in model.parameters())
 
 

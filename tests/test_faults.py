@@ -515,7 +515,7 @@ def test_the_engine_alone_treats_other_options_alike(caplog):
     run(first, model, 2)
     second = GradES(model, GradESConfig(tau=1e9, alpha=0.25, monitor="weight_change"), total_steps=16)
     second.load_state_dict(first.state_dict())
-    assert second.previous_tensors() == {}
+    assert second.tensors().get("previous", {}) == {}
     assert second.history.steps == []
     text = " ".join(messages(caplog))
     assert "monitor: 'auto' -> 'weight_change'; total_steps: 12 -> 16" in text

@@ -38,7 +38,7 @@ def held(optimizer, engine, parameter):
     """The buffers that belong to a parameter, by kind."""
     state = optimizer.state[parameter]
     found = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"], "gradient": parameter.grad}
-    previous = engine.previous_tensors().get(parameter)
+    previous = engine.tensors().get("previous", {}).get(parameter)
     return found if previous is None else {**found, "previous": previous}
 
 
@@ -76,7 +76,7 @@ def test_bytes_fall_by_what_was_frozen(monitor):
 
     def count():
         states = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
-        return sum(t.nbytes for t in (*states, *engine.previous_tensors().values()))
+        return sum(t.nbytes for t in (*states, *engine.tensors().get("previous", {}).values()))
 
     for step in range(1, FREEZES):
         update(model, optimizer, engine, step)
@@ -93,7 +93,7 @@ def test_what_is_compared_is_kept_for_one_step_only(monitor):
     kept = []
     for step in range(1, 10):
         update(model, optimizer, engine, step)
-        kept.append(len(engine.previous_tensors()) > 0)
+        kept.append(len(engine.tensors().get("previous", {})) > 0)
     assert kept == [False, False, True, False, False, False, True, False, False]
 
 
@@ -106,7 +106,7 @@ def test_the_peak_on_a_gpu_falls(monitor):
     model = torch.nn.Sequential(*layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     tau = {r"[0-3]": 1e30, ".*": 1e-30}
-    config = GradESConfig(tau=tau, alpha=0.2, monitor=monitor, target_modules="all-linear", count_flops=False)
+    config = GradESConfig(tau=tau, alpha=0.2, monitor=monitor, target_modules="all-linear")
     engine = GradES(model, config, total_steps=10, optimizer=optimizer)
     inputs = torch.randn(4, 1024, device="cuda")
     peaks = []

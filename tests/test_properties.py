@@ -80,7 +80,7 @@ class Case:
     def config(self, tau: float, **options: Any) -> GradESConfig:
         return GradESConfig(
             tau=tau, alpha=self.alpha, monitor=self.monitor, reduction=self.reduction, patience=self.patience,
-            check_every=self.check_every, max_frozen_fraction=self.fraction, count_flops=False, **options,
+            check_every=self.check_every, max_frozen_fraction=self.fraction, **options,
         )  # fmt: skip
 
 

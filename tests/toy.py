@@ -163,7 +163,7 @@ def train(
         torch_optimizer.step()
         torch_optimizer.zero_grad(set_to_none=set_to_none)
         still = {p for c in engine.components if c.frozen_at is not None for p in c.parameters}
-        still_names = set(engine.prefix.frozen) if engine.prefix is not None else set()
+        still_names = set(engine.extension("prefix").frozen) if engine.extension("prefix") is not None else set()
         for name, parameter in model.named_parameters():
             if (parameter in still or name in still_names) and not torch.equal(before[name], parameter):
                 run.moved.append(f"{t}: {name}")

@@ -218,8 +218,11 @@ class Run(Protocol):
     def progress(self) -> float:
         """How much of what has to freeze before training ends is frozen, 0 to 1."""
 
-    def extension(self, name: str) -> Extension | None:
+    def extension(self, name: str) -> Any:
         """The extension of that name; None where the run has none."""
+
+    def end(self, why: str) -> None:
+        """Training should end after this step."""
 
 
 class Extension:

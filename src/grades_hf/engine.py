@@ -103,6 +103,7 @@ class GradES:
         self._live: list[Component] | None = None
         self._open: Check | None = None  # a check that is not decided upon yet
         self._resumed = False
+        self._remembers = True  # whether tensors of the last step in a checkpoint are of this statistic
         with ExitStack() as undo:  # a refusal undoes what was attached before
             for extension in self.extensions:
                 extension.attach(self, undo)
@@ -128,6 +129,7 @@ class GradES:
         self._refuse_closed()
         self.t += 1
         step = Step(self.t, loss, epoch)  # type: ignore[arg-type]
+        self._warn_after_resume()
         self.reassert()
         self._decide()  # upon a check that was left open (delay_transfer)
         for extension in self.extensions:
@@ -165,7 +167,7 @@ class GradES:
             extension.on_freeze(converged, values)
         self._settle()
         if self.progress >= 1:
-            self.ended = self.conclude()
+            self.end(f"the run ends at step {self.t} of {self.total_steps}: {self.conclude()}")
         logger.info(
             "GradES step %d: froze %d (%s); %d of %d components are frozen.",
             self.t, len(converged), kinds(converged), len(self.frozen), len(self.components),
@@ -201,6 +203,12 @@ class GradES:
     def done(self) -> bool:
         """Whether training should end after this step."""
         return self.ended is not None
+
+    def end(self, why: str) -> None:
+        """Training should end after this step; one line says so."""
+        self.ended = why
+        if self.ranks.rank == 0:
+            logger.warning("GradES: %s", why)
 
     def extension(self, name: str) -> Any:
         """The extension of that name (see `assembly.py`); None where this run has none."""
@@ -278,6 +286,28 @@ class GradES:
             ValueError: the state does not fit the model; nothing has been changed then.
         """
         state.load(self, saved)
+
+    def tensors(self) -> dict[str, dict[Tensor, Tensor]]:
+        """The tensors that a checkpoint has to hold: kind -> parameter -> a tensor of its size, or a sample of it."""
+        found = {x.name: x.tensors() for x in self.extensions}
+        found["previous"] = {p: tensor for s in self.statistics.values() for p, tensor in s.previous.items()}
+        return {kind: tensors for kind, tensors in found.items() if tensors}
+
+    def load_tensors(self, found: Mapping[str, Mapping[Tensor, Tensor]]) -> None:
+        """Take back what `tensors` gave; call after `load_state_dict`."""
+        for extension in self.extensions:
+            extension.load_tensors(found.get(extension.name, {}))
+        for component in self.live if self._remembers else ():
+            statistic = self.statistics[component.monitor]
+            if statistic.two_steps:
+                own = found.get("previous", {})
+                statistic.previous |= {p: own[p] for p in component.measured if p in own}
+
+    def kept(self) -> dict[str, list[Tensor]]:
+        """The parameters that `tensors` may hold something for, in an order that is the same on all ranks."""
+        two_steps = [c for c in self.live if self.statistics[c.monitor].two_steps and self._remembers]
+        averaged = [] if self.ending is None else self.extension("average").parameters
+        return {"previous": [p for c in two_steps for p in c.measured], "average": averaged}
 
     def describe(self) -> str:
         """What is tracked and how, in one line."""
@@ -409,6 +439,17 @@ class GradES:
         self.freezer.settle()
         for extension in self.extensions:
             extension.on_grad_pattern()
+
+    def _warn_after_resume(self) -> None:
+        """Say once that the first check after a resume has nothing to compare with, where that is so."""
+        resumed, self._resumed = self._resumed, False
+        waiting = resumed and any(self.statistics[component.monitor].two_steps for component in self.live)
+        if waiting and self.t % self.config.check_every == 0 and not self.tensors().get("previous"):
+            logger.warning(
+                "GradES: the checkpoint does not hold the tensors of the step before (it was saved without the "
+                "optimizer, or without GradES), so the check at step %d yields no value.",
+                self.t,
+            )
 
     def _refuse_closed(self) -> None:
         if self._undo is None:

@@ -186,7 +186,8 @@ def _take_over(engine: GradES, checked: _Checked, changed: Mapping[str, Any]) ->
         engine.criterion.memory[engine._place[name]] = torch.tensor(row, dtype=torch.float64)
     for name in engine.frozen:
         engine.freezer.freeze(by_name[name].parameters)
-    engine.ended = checked.ended if checked.ended is not None or engine.progress < 1 else engine.conclude()
+    if checked.ended is not None or engine.progress >= 1:
+        engine.ended = checked.ended or engine.conclude()
     for extension, found in checked.extensions:
         extension.load(found)
     if engine.frozen:
@@ -196,7 +197,8 @@ def _take_over(engine: GradES, checked: _Checked, changed: Mapping[str, Any]) ->
             adopt_history(engine, checked.history)
         except ValueError as error:
             logger.warning("GradES: earlier values are lost from the history: %s", error)
-    if changed.keys() & {*SCALE}:
+    engine._remembers = not changed.keys() & {*SCALE}
+    if not engine._remembers:
         return
     for name, tensors in checked.previous.items():
         component = by_name[name]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from grades_hf import GradES, GradESConfig
-from grades_hf.lightning import GradESLightningCallback
+from grades_hf import GradESLightningCallback
 from tests import small
 from tests.clients.checks import same_weights
 from tests.small import llama

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from ..contracts import Extension, Run, Step
 from ..parallel.sharded import local, placed_like
+
+logger = logging.getLogger(__name__)
 
 UPDATES = 20  # updates of the average within its horizon, at least
 
@@ -31,6 +34,9 @@ class Average(Extension):
     Args:
         horizon: h, in optimizer steps.
         device: Where it is kept; None for the device of each weight.
+
+    Attributes:
+        parameters: What is averaged: all that is trained.
     """
 
     name = "average"
@@ -44,7 +50,7 @@ class Average(Extension):
 
     def attach(self, run: Run, undo: ExitStack) -> None:
         self._warm_up: Any = run.extension("warm_up")
-        self._parameters = [p for p in run.model.parameters() if p.requires_grad and p.is_floating_point()]
+        self.parameters = [p for p in run.model.parameters() if p.requires_grad and p.is_floating_point()]
         undo.callback(self._close)
 
     @torch.no_grad()
@@ -55,7 +61,7 @@ class Average(Extension):
             return
         self.number += 1
         if self.number == 1:
-            self._average = {p: self._copy(p) for p in self._parameters}
+            self._average = {p: self._copy(p) for p in self.parameters}
             return
         weight = max(self.every / self.horizon, 2 / (self.number + 1))
         groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
@@ -90,11 +96,14 @@ class Average(Extension):
         return dict(self._average)
 
     def load_tensors(self, tensors: Mapping[Tensor, Tensor]) -> None:
-        if tensors.keys() != set(self._parameters):
+        if not self.number:
+            return
+        if tensors.keys() != set(self.parameters):
             self.number = 0  # it begins anew
+            logger.warning("GradES: the checkpoint does not hold the average of the weights, so it begins anew.")
             return
         self._average = {
-            p: local(placed_like(tensors[p], p)).to(self.device or p.device, self._dtype(p)) for p in self._parameters
+            p: local(placed_like(tensors[p], p)).to(self.device or p.device, self._dtype(p)) for p in self.parameters
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,4 +126,4 @@ class Average(Extension):
         return torch.promote_types(parameter.dtype, torch.float32)
 
     def _close(self) -> None:
-        self._average, self._parameters = {}, []
+        self._average, self.parameters = {}, []

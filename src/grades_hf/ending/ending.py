@@ -95,7 +95,7 @@ class Ending(Extension):
                 average.install()
             run.freezer.freeze(parameter for parameter in run.model.parameters() if parameter.requires_grad)
             run.freezer.settle()
-            run.ended = self.conclude()
+            run.end(self.conclude())
         else:
             logger.info("GradES step %d: a look says to go on (%s).", run.t, _losses(look))
 

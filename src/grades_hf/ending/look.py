@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,27 +46,34 @@ class Rows:
         self._loss = loss or model_loss
         loader = source if isinstance(source, DataLoader) or hasattr(source, "collate_fn") else None
         dataset = source if loader is None else loader.dataset
-        self._collate = collate or (default_collate if loader is None else loader.collate_fn)
+        collate = collate or (default_collate if loader is None else loader.collate_fn) or default_collate
         if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            self._rows = list(itertools.islice(iter(dataset), number))
+            rows = list(itertools.islice(iter(dataset), number))
         else:
             size = len(dataset)
             chosen = sorted(random.Random(0).sample(range(size), min(number, size)))
-            self._rows = [dataset[index] for index in chosen]
-        if not self._rows:
+            rows = [dataset[index] for index in chosen]
+        if not rows:
             raise ValueError("held_out has no rows. Pass at least some rows that are not trained on.")
+        self._batches = [functools.partial(collate, [row]) for row in rows]
+
+    @classmethod
+    def joined(cls, several: Sequence[Rows]) -> Rows:
+        """The rows of several sources, each with its own collator and the first one's loss."""
+        first = several[0]
+        first._batches = [batch for rows in several for batch in rows._batches]
+        return first
 
     def losses(self, model: nn.Module, ranks: Ranks) -> list[float]:
         """The loss of each row that falls to this rank."""
-        own = self._rows[ranks.rank :: ranks.number]
+        own = self._batches[ranks.rank :: ranks.number]
         # Sharded parameters are gathered by all ranks together, so that all make as many passes.
-        passes = -(-len(self._rows) // ranks.number) if ranks.sharded else len(own)
-        losses = [self._of(model, own[i] if i < len(own) else self._rows[0]) for i in range(passes)]
+        passes = -(-len(self._batches) // ranks.number) if ranks.sharded else len(own)
+        losses = [self._of(model, own[i] if i < len(own) else self._batches[0]) for i in range(passes)]
         return torch.stack(losses[: len(own)]).tolist() if own else []
 
-    def _of(self, model: nn.Module, row: Any) -> Tensor:
-        device = next(model.parameters()).device
-        batch = _to(self._collate([row]), device)
+    def _of(self, model: nn.Module, make: Callable[[], Any]) -> Tensor:
+        batch = _to(make(), next(model.parameters()).device)
         return self._loss(model, batch).detach().double().reshape(-1).mean().cpu()
 
 

@@ -1,4 +1,4 @@
-"""GradESTrainer: `Trainer` with GradES as an argument; its figures reach all reporters (TensorBoard, W&B, trackio)."""
+"""GradESTrainer: `Trainer` with GradES as an argument."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import Trainer
 
+from ...config import GradESConfig
 from .callback import GradESCallback
-from .config import GradESConfig
-from .report.card import add_to_model_card
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -24,17 +23,24 @@ class GradESTrainerMixin(_Base):
     Args:
         grades: The options, a `GradESConfig` or a dict of its fields; default: `GradESConfig()`, without a tau. All
             other arguments are the trainer's own.
+        held_out, look_metric: See `GradESCallback`.
 
     Raises:
         ValueError: the trainer has a `GradESCallback` besides.
     """
 
-    def __init__(self, *args: Any, grades: GradESConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        grades: GradESConfig | Mapping[str, Any] | None = None,
+        held_out: Any = None,
+        look_metric: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        callback = GradESCallback(grades)
+        callback = GradESCallback(grades, held_out=held_out, look_metric=look_metric)
         self.add_callback(callback)
         callback.on_init_end(self.args, self.state, self.control, model=self.model)
-        callback.report_through(self)
 
     @property
     def grades_callback(self) -> GradESCallback:
@@ -45,30 +51,21 @@ class GradESTrainerMixin(_Base):
         found = [c for c in self.callback_handler.callbacks if isinstance(c, GradESCallback)]
         if len(found) > 1:
             raise ValueError(f"the trainer has {len(found)} GradESCallbacks; pass grades=... or a callback, not both.")
-        stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
-        if stopping and self.grades_callback.config.skip_validation:
-            raise ValueError(
-                f"{type(stopping[0]).__name__} needs evaluations during training, and skip_validation=True leaves them "
-                "out. Pass skip_validation=False to GradES, or drop the callback."
-            )
-        try:
-            return super().train(*args, **kwargs)
-        finally:  # also after an error or Ctrl-C the model is as trainable as before
-            engine = self.grades_callback.engine
-            if engine is not None:
-                engine.close()
+        return super().train(*args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """What the model has computed since the last call, counted (see `Savings`); Trainer sums it to `total_flos`.
 
-        Where it is not counted (`count_flops=False`, torch.compile), it is the base class's estimate.
+        Where it is not counted (torch.compile), it is the base class's estimate.
         """
         engine = self.grades_callback.engine
-        flops = engine.meter.take() if engine is not None and engine.meter is not None else None
+        flops = None if engine is None else engine.meter.take()
         return super().floating_point_ops(inputs) if flops is None else flops
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The base class's card with a section on GradES (see `add_to_model_card`), as `push_to_hub` uploads it."""
+        from ...report.card import add_to_model_card
+
         super().create_model_card(*args, **kwargs)
         engine = self.grades_callback.engine
         if engine is not None and self.is_world_process_zero():

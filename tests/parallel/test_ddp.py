@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from grades_hf import GradES, GradESCallback, GradESConfig
-from grades_hf.distributed import rebuild_reducer
+from grades_hf.parallel.ranks import rebuild_reducer
 from tests import small
 from tests.ddp_worker import Case, plain_loop
 from tests.test_resume import last_complete_checkpoint

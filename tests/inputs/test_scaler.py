@@ -191,7 +191,7 @@ def test_trainer_with_a_scaler_measures_what_it_measures_without(monitor, max_gr
     """The factor is a power of two, so not one bit may differ."""
 
     def run(name: str, tau: float, factor: float | None) -> tuple[GradES, dict[str, torch.Tensor]]:
-        callback = GradESCallback(tau=tau, alpha=0.3, monitor=monitor, count_flops=False)
+        callback = GradESCallback(tau=tau, alpha=0.3, monitor=monitor)
         options = {"max_grad_norm": max_grad_norm, "lr_scheduler_type": "constant"}
         trainer = small.trainer(llama(), tmp_path / name, [callback], **options)
         if factor is not None:

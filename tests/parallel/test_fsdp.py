@@ -23,7 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from grades_hf import GradES, GradESCallback, GradESConfig
-from grades_hf.distributed import placed_like
+from grades_hf.parallel.sharded import placed_like
 from tests import fsdp_worker, small
 from tests.fsdp_worker import LENGTH, ROWS, SAVED, STEPS, Case, TrainerCase
 

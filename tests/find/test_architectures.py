@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from grades_hf import GradESCallback, find_components
-from grades_hf.components import Component
+from grades_hf.find.components import Component
 from tests.architectures import TABLE, Architecture
 from tests.small import arguments
 

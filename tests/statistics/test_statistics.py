@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from grades_hf import GradES, GradESCallback, GradESConfig
-from grades_hf.monitors import GradientChange, GradientNorm, Sampler, WeightChange
-from grades_hf.monitors.norms import _grouped, l1_distances, l1_norms
-from grades_hf.monitors.sampling import latin_hypercube
+from grades_hf.statistics import GradientChange, GradientNorm, Sampler, WeightChange
+from grades_hf.statistics.norms import _grouped, l1_distances, l1_norms
+from grades_hf.statistics.sampling import latin_hypercube
 from tests import small
 from tests.resumable import record
 
@@ -313,7 +313,7 @@ def test_sampled_values_in_a_run(monitor, kind):
         model, _, engine = begin(kind, GradESConfig(tau=1e-30, monitor=monitor, sample_size=size))
         train(engine, model, 5)
         histories.append(engine.history)
-        kept += [list(engine.previous_tensors().values())]
+        kept += [list(engine.tensors().get("previous", {}).values())]
         engine.close()
     exact, estimate = histories
     for name, series in exact.values.items():
@@ -382,7 +382,7 @@ def test_a_sample_of_another_size_is_not_taken_over(caplog):
     _, _, engine = begin("full", GradESConfig(tau=1e-30, sample_size=60))
     engine.load_state_dict(state)
     assert "sample_size: 50 -> 60" in caplog.text
-    assert engine.previous_tensors() == {}
+    assert engine.tensors().get("previous", {}) == {}
     state["config"]["sample_size"] = 60
     del state["history"]
     _, _, engine = begin("full", GradESConfig(tau=1e-30, sample_size=60))

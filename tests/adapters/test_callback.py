@@ -191,7 +191,7 @@ def test_logs_carry_frozen_fraction_and_quartiles(make_model, tmp_path):
             else:
                 expected = torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
                 assert quartiles == pytest.approx(expected)
-    assert ("grades/mlp/statistic_q25" in logs[0]) == (engine.monitors.keys() != {"gradient_change"})
+    assert ("grades/mlp/statistic_q25" in logs[0]) == (engine.statistics.keys() != {"gradient_change"})
     assert "grades/mlp/statistic_q25" in logs[1]
 
 
@@ -214,7 +214,7 @@ def test_history_has_a_row_per_log_and_how_the_run_ended(make_model, tmp_path):
     assert history.logs[2]["compute_saved"] == savings.fraction > 0
     assert history.ended == "completed"
 
-    all_at_once = GradESCallback(tau=1e9, alpha=0.5, count_flops=False)
+    all_at_once = GradESCallback(tau=1e9, alpha=0.5)
     small.trainer(make_model(), tmp_path, [all_at_once]).train()
     history = History.load(tmp_path)
     assert (history.ended, history.savings, len(history.logs)) == ("converged", None, 7)
@@ -422,7 +422,7 @@ def test_a_full_disk_during_training_costs_the_record_but_not_the_run(tmp_path, 
                 raise OSError(28, "No space left on device")
 
             if state.global_step == 5:
-                monkeypatch.setattr("grades_hf.history.os.fsync", no_space)
+                monkeypatch.setattr("grades_hf.record.history.os.fsync", no_space)
 
     callback = GradESCallback(tau=1e9, alpha=0.5, target_modules=["q_proj"])
     trainer = small.trainer(llama(), tmp_path, [callback, Fill()])

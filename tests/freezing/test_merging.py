@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from grades_hf import GradES, GradESCallback, GradESConfig, GradESTrainer
-from grades_hf.flops import FlopCounter
-from grades_hf.merging import MergedLinear, merge, split
+from grades_hf.record.counter import FlopCounter
+from grades_hf.freezing.merging import MergedLinear, merge, split
 from tests import small
 from tests.architectures import TABLE
 from tests.ddp_worker import Case
@@ -129,7 +129,7 @@ def test_logits_and_gradients_differ_by_rounding_only(base: torch.dtype, adapter
             parameter.data = parameter.data.to(adapter if "lora_" in name else base)
         engine = start(model, merging)
         train(model, engine, 3)
-        assert engine.merger is None if not merging else engine.merger.merged == NAMES
+        assert engine.extension("merging") is None if not merging else engine.extension("merging").merged == NAMES
         return model
 
     unmerged, merged = make(False), make(True)
@@ -186,7 +186,7 @@ def test_each_layer_computes_what_peft_computes(kind: str) -> None:
     inputs = [torch.randn(2, 3, module.in_features) for module in found]
     expected = [module(x) for module, x in zip(found, inputs, strict=True)]
     settled(engine)
-    assert len(engine.merger.merged) == len(found) == len(engine.components)
+    assert len(engine.extension("merging").merged) == len(found) == len(engine.components)
     for module, x, y in zip(found, inputs, expected, strict=True):
         assert type(module) is MergedLinear
         torch.testing.assert_close(module(x), y, rtol=1e-5, atol=2e-6)
@@ -222,7 +222,7 @@ def test_a_merged_pair_costs_what_a_base_layer_costs(reentrant: bool | None) -> 
     merged, unmerged = prepare(lora()), prepare(lora())
     engine, plain = start(merged), start(unmerged, False)
     assert train(merged, engine) == pytest.approx(train(unmerged, plain), abs=2e-6)
-    assert engine.merger.merged == NAMES
+    assert engine.extension("merging").merged == NAMES
     rest = ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
     without = prepare(get_peft_model(llama(), LoraConfig(r=2, target_modules=rest)))
     assert flops(merged) == flops(without) < flops(unmerged)
@@ -239,7 +239,7 @@ def test_compiled(tmp_path: Path) -> None:
         options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
         trainer = small.trainer(lora(), tmp_path / str(compiled), [callback], max_steps=6, **options)
         seen: list[set[str]] = []
-        trainer.add_callback(small.Spy(lambda *_, c=callback, s=seen: s.append(c.engine.merger.merged)))
+        trainer.add_callback(small.Spy(lambda *_, c=callback, s=seen: s.append(c.engine.extension("merging").merged)))
         trainer.train()
         assert seen == [set()] * 2 + [NAMES] * 4
         final[compiled] = bits(trainer.model)
@@ -258,7 +258,7 @@ def test_a_bfloat16_base_that_loses_small_updates_is_told(caplog: pytest.LogCapt
             elif "lora_" not in name:
                 parameter.data = parameter.data.bfloat16()
         engine = settled(start(model))
-        assert len(engine.merger.merged) == 14
+        assert len(engine.extension("merging").merged) == 14
         layer = layers(model)[0]
         exact = layer.base_layer.weight.double() + layer.get_delta_weight("default").double()
         lost = (layer._merged.base.weight - exact).norm() / layer.get_delta_weight("default").norm()
@@ -278,7 +278,7 @@ def merged_run(**options: Any) -> tuple[nn.Module, GradES, dict[str, Tensor]]:
     before = bases(model)
     engine = start(model)
     train(model, engine, 4)
-    assert engine.merger.merged == NAMES
+    assert engine.extension("merging").merged == NAMES
     return model, engine, before
 
 
@@ -321,7 +321,7 @@ def test_the_reference_model_is_the_base_model_between_forward_and_backward(reen
             model.enable_input_require_grads()
         engine = start(model.train(), merging)
         losses[merging] = train(model, engine, 6, loss)
-        assert engine.merger is None or engine.merger.merged == NAMES
+        assert engine.extension("merging") is None or engine.extension("merging").merged == NAMES
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 
 
@@ -331,7 +331,7 @@ def test_another_adapter_another_scaling_and_the_base_are_computed_as_peft_does(
         warnings.simplefilter("ignore")
         model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear"))
     train(model, engine, 1)
-    assert engine.merger.merged == NAMES
+    assert engine.extension("merging").merged == NAMES
     plain = copy.deepcopy(model)
     for layer in layers(plain):
         if isinstance(layer, MergedLinear):
@@ -354,7 +354,7 @@ def test_another_adapter_another_scaling_and_the_base_are_computed_as_peft_does(
             layer.scale_layer(0.5)
     same()
     engine.reassert()  # between steps: merged again, with the new factor
-    assert engine.merger.merged == NAMES
+    assert engine.extension("merging").merged == NAMES
     torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
     names = ["default", "__base__"]
     model.eval(), plain.eval()
@@ -369,16 +369,16 @@ def test_pefts_merge_and_unmerge_in_the_middle_of_a_run() -> None:
     twin.load_state_dict(model.state_dict())
     for m in (model, twin):
         m.merge_adapter()
-    assert engine.merger.merged == set()
+    assert engine.extension("merging").merged == set()
     assert equal(bits(model), bits(twin))
     engine.reassert()
-    assert engine.merger.merged == set()  # what the user has merged stays merged
+    assert engine.extension("merging").merged == set()  # what the user has merged stays merged
     assert torch.equal(model(input_ids=IDS).logits, twin(input_ids=IDS).logits)
     for m in (model, twin):
         m.unmerge_adapter()
     assert equal(bits(model), bits(twin))
     engine.reassert()
-    assert engine.merger.merged == NAMES
+    assert engine.extension("merging").merged == NAMES
     assert equal(bits(model), bits(twin))
 
 
@@ -401,7 +401,7 @@ def test_new_weights_are_seen_at_once(how: str, tmp_path: Path) -> None:
     assert how == "in place" or torch.equal(layer(x), other(x))
     assert torch.equal(model.get_base_model()(input_ids=IDS).logits, new(input_ids=IDS).logits)
     engine.reassert()
-    assert engine.merger.merged == NAMES
+    assert engine.extension("merging").merged == NAMES
     torch.testing.assert_close(model(input_ids=IDS).logits, new(input_ids=IDS).logits)
 
 
@@ -413,7 +413,7 @@ def test_moving_and_casting_the_model() -> None:
     assert torch.equal(model(input_ids=IDS).logits, twin(input_ids=IDS).logits)
     engine.reassert()
     torch.testing.assert_close(model(input_ids=IDS).logits, twin(input_ids=IDS).logits)
-    assert engine.merger.merged == NAMES
+    assert engine.extension("merging").merged == NAMES
 
 
 # --- runs --------------------------------------------------------------------------------------------------------
@@ -597,8 +597,8 @@ def test_single_layers_that_cannot_be_merged_are_left_and_told(
     assert record.levelname == "WARNING"
     assert f"{total - number} of {total} components, not to the others: {number} {reason}" in record.getMessage()
     train(model, engine, 4)
-    assert engine.merger.merged == {n for n in engine.frozen if n in engine.merger.layers}
-    assert len(engine.merger.merged) == len(engine.frozen) - number
+    assert engine.extension("merging").merged == {n for n in engine.frozen if n in engine.extension("merging").layers}
+    assert len(engine.extension("merging").merged) == len(engine.frozen) - number
     engine.close()
     if change is not unfreeze:
         assert equal(bases(model), before)
@@ -680,7 +680,7 @@ def test_on_a_gpu_the_base_weights_wait_on_the_host() -> None:
             reference = model(input_ids=ids).logits
     used = torch.cuda.memory_allocated()
     settled(engine)
-    assert len(engine.merger.merged) == 14
+    assert len(engine.extension("merging").merged) == 14
     assert torch.cuda.memory_allocated() <= used + 14 * 512  # the least that is allocated for a tensor
     assert all(layer.base_layer.weight.device.type == "cpu" for layer in layers(model))
     with torch.no_grad():
@@ -692,7 +692,7 @@ def test_on_a_gpu_the_base_weights_wait_on_the_host() -> None:
     model.unmerge_adapter()
     model.load_state_dict(before, strict=False)
     engine.reassert()
-    assert len(engine.merger.merged) == 14
+    assert len(engine.extension("merging").merged) == 14
     engine.close()
     assert all(tensor.is_cuda and torch.equal(tensor, before[name]) for name, tensor in bases(model).items())
 

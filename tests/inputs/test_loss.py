@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from grades_hf import GradES, GradESCallback, GradESConfig
-from grades_hf.loss import Loss
+from grades_hf.inputs.loss import Loss
 from tests import small, toy
 
 WATCH = {"monitor": "gradient_per_loss", "criterion": "rise", "alpha": 0.99, "count_flops": False}
@@ -122,7 +122,7 @@ def test_other_criteria_need_none():
     for options in ({"tau": 0.5}, {"monitor": "gradient_norm"}, {"budget": 0.6}, {"criterion": "no_new_minimum"}):
         engine = GradES(toy.build("full"), GradESConfig(**options), total_steps=30)
         assert engine.loss is None
-        assert "gradient_per_loss" not in engine.monitors
+        assert "gradient_per_loss" not in engine.statistics
         engine.close()
 
 

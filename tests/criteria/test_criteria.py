@@ -375,7 +375,7 @@ def test_any_run_freezes_what_the_twin_freezes(
     """Resumed any number of times, with matrices in any order; frozen ones never move."""
     config = GradESConfig(
         **options, monitor=monitor_for(options, monitor), alpha=alpha, check_every=check_every, delay_transfer=delay,
-        count_flops=False,
+       ,
     )  # fmt: skip
     whole = run(kind, config, seed)
     again = run(kind, config, seed, resume_after=resume_after)
@@ -394,7 +394,7 @@ def test_any_run_freezes_what_the_twin_freezes(
 def test_the_runs_freeze_some_at_different_steps(kind, options):
     """Otherwise the test above would show nothing."""
     steps = [
-        set(run(kind, GradESConfig(**options, alpha=0.0, count_flops=False), seed).engine.frozen.values())
+        set(run(kind, GradESConfig(**options, alpha=0.0), seed).engine.frozen.values())
         for seed in range(4)
     ]
     assert sum(len(found) for found in steps) > 4
@@ -430,7 +430,7 @@ def loop(config: GradESConfig, rate: Callable[[int], float], resume_after: int =
 @pytest.mark.parametrize("options", RUNS, ids=lambda options: options["criterion"])
 def test_what_the_statistic_does_in_warm_up_is_not_remembered(options, delay, resume_after):
     monitor = monitor_for(options, "gradient_norm")
-    config = GradESConfig(**options, alpha=0.0, monitor=monitor, delay_transfer=delay, count_flops=False)
+    config = GradESConfig(**options, alpha=0.0, monitor=monitor, delay_transfer=delay)
 
     def rate(step: int) -> float:  # up to its peak at step 9, then down, and up again to half of it
         return 1e-3 * min(step, 9) if step < 20 else 4.5e-3 if step > 25 else 1e-3
@@ -443,14 +443,14 @@ def test_what_the_statistic_does_in_warm_up_is_not_remembered(options, delay, re
 
 
 def test_a_threshold_does_not_look_at_the_learning_rate():
-    config = GradESConfig(tau=1e9, alpha=0.1, patience=8, count_flops=False)
+    config = GradESConfig(tau=1e9, alpha=0.1, patience=8)
     engine = loop(config, lambda step: 1e-3 * step)
     assert set(engine.frozen.values()) == {math.ceil(0.1 * STEPS) + 8}
     assert "learning_rate" not in engine.state_dict()
 
 
 def test_a_threshold_in_a_combination_does_not_either():
-    config = GradESConfig(criterion="threshold+no_new_minimum", tau=1e9, patience=50, alpha=0.0, count_flops=False)
+    config = GradESConfig(criterion="threshold+no_new_minimum", tau=1e9, patience=50, alpha=0.0)
     engine = loop(dataclasses.replace(config, monitor="gradient_norm"), lambda step: 1e-6 * step)
     threshold, other = engine.criterion.parts
     assert {tuple(numbers) for numbers in threshold.memory.values()} == {(STEPS,)}
@@ -458,14 +458,14 @@ def test_a_threshold_in_a_combination_does_not_either():
 
 
 def test_another_criterion_at_a_resume_begins_anew(caplog):
-    config = GradESConfig(tau=1e-30, alpha=0.0, count_flops=False)
+    config = GradESConfig(tau=1e-30, alpha=0.0)
     first = run("full", config).engine
     state = json.loads(json.dumps(first.state_dict(tensors=False)))
     state["step"] = 30
     first.close()
     for options in RUNS:
         model = toy.build("full")
-        config = GradESConfig(**options, count_flops=False)
+        config = GradESConfig(**options)
         engine = GradES(model, config, total_steps=STEPS, optimizer=toy.optimize("sgd", model))
         engine.load_state_dict(state)
         assert not any(part.memory for part in engine.criterion.parts)
@@ -492,7 +492,7 @@ def test_what_is_said_and_written_without_a_threshold(tmp_path, caplog):
 
 
 def test_a_combination_and_its_threshold_are_named():
-    config = GradESConfig(criterion="rise+threshold", tau=0.5, alpha=0.0, count_flops=False)
+    config = GradESConfig(criterion="rise+threshold", tau=0.5, alpha=0.0)
     engine = run("full", config).engine
     assert ", criterion threshold+rise, tau 0.5; freezing from" in engine.describe()
     assert "criterion threshold+rise, tau 0.5, none frozen" in to_markdown(summarize(engine.history))
@@ -502,7 +502,7 @@ def test_a_combination_and_its_threshold_are_named():
 
 def test_values_below_0_are_drawn():
     pytest.importorskip("altair")
-    history = run("full", GradESConfig(criterion="pflug", alpha=0.5, count_flops=False)).engine.history
+    history = run("full", GradESConfig(criterion="pflug", alpha=0.5)).engine.history
     values = [v for series in history.values.values() for v in series if math.isfinite(v)]
     assert min(values) < 0 < max(values)
     spec = _statistic(history).to_dict()
@@ -513,7 +513,7 @@ def test_values_below_0_are_drawn():
 
 
 def test_all_at_once_right_after_the_grace_period_is_said(caplog):
-    config = GradESConfig(criterion="no_new_minimum", window=1, smoothing=0.0, alpha=0.9, count_flops=False)
+    config = GradESConfig(criterion="no_new_minimum", window=1, smoothing=0.0, alpha=0.9)
     with caplog.at_level(logging.WARNING, logger="grades_hf"):
         engine = loop(config, lambda step: 0.0)
     assert (len(set(engine.frozen.values())) == 1) == ("ends like one that is simply stopped" in caplog.text)
@@ -572,7 +572,7 @@ def two_ranks(rank: int, folder: str) -> None:
     found = []
     for number, options in enumerate(RUNS):
         half = [[{k: v.chunk(2)[rank] if k != "use" else v for k, v in b.items()} for b in m] for m in toy.batches(1)]
-        config = GradESConfig(**options, alpha=0.0, count_flops=False)
+        config = GradESConfig(**options, alpha=0.0)
         ran = toy.train(
             "full", config, half, share=0.5, wrap=DistributedDataParallel,
             resume_after=frozenset({7, 20}) if number % 2 else frozenset(),
@@ -589,7 +589,7 @@ def test_two_ranks_decide_as_one():
         torch.multiprocessing.spawn(two_ranks, (folder,), nprocs=2)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
     for options, one, two in zip(RUNS, *ranks, strict=True):
-        alone = run("full", GradESConfig(**options, alpha=0.0, count_flops=False), seed=1)
+        alone = run("full", GradESConfig(**options, alpha=0.0), seed=1)
         assert one["moved"] == two["moved"] == []
         assert one["frozen"] == two["frozen"] == alone.engine.frozen != {}
         for name, weight in alone.weights.items():

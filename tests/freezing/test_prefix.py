@@ -115,10 +115,10 @@ def test_backward_ends_at_the_lowest_live_block(method: str, reentrant: bool | N
 
 def test_what_freezes_with_the_prefix() -> None:
     engine = freeze_low(llama())
-    backward(engine.prefix.root)
+    backward(engine.extension("prefix").root)
     engine.step()
     norms = {f"model.layers.{i}.{n}.weight" for i in (0, 1) for n in ("input_layernorm", "post_attention_layernorm")}
-    assert engine.prefix.frozen == dict.fromkeys({"model.embed_tokens.weight"} | norms, 1)
+    assert engine.extension("prefix").frozen == dict.fromkeys({"model.embed_tokens.weight"} | norms, 1)
 
 
 def test_a_tied_embedding_freezes_together_with_the_head() -> None:
@@ -139,7 +139,7 @@ def test_without_the_option_norms_and_embeddings_go_on() -> None:
     backward(model)
     engine.step()
     backward(model)
-    assert engine.prefix is None
+    assert engine.extension("prefix") is None
     assert model.model.embed_tokens.weight.grad is not None
 
 
@@ -148,13 +148,13 @@ def test_the_prefix_grows_block_by_block_and_not_over_a_live_one() -> None:
     engine = freeze_low(model, low="layers\\.[13]\\.")
     backward(model)
     engine.step()
-    assert engine.prefix.frozen == {}
+    assert engine.extension("prefix").frozen == {}
     for component in engine.components:
         component.tau = 1e30 if component.layer == 0 else component.tau
     backward(model)
     engine.step()
-    assert engine.prefix.frozen["model.embed_tokens.weight"] == 2
-    assert {name.split(".")[2] for name in engine.prefix.frozen if "layers" in name} == {"0", "1"}
+    assert engine.extension("prefix").frozen["model.embed_tokens.weight"] == 2
+    assert {name.split(".")[2] for name in engine.extension("prefix").frozen if "layers" in name} == {"0", "1"}
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_what_the_user_keeps_stays_alive(options: dict[str, Any]) -> None:
     backward(model)
     engine.step()
     assert len(engine.frozen) > 0
-    assert engine.prefix.frozen == {}
+    assert engine.extension("prefix").frozen == {}
     backward(model)
     assert model.model.embed_tokens.weight.grad is not None
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None or "target_modules" not in options
@@ -201,8 +201,8 @@ def test_norms_above_are_not_taken_for_lower_ones() -> None:
     engine = freeze_low(model)
     backward(model)
     engine.step()
-    assert "embed.weight" in engine.prefix.frozen
-    assert not {"final_norm.weight", "head.weight"} & engine.prefix.frozen.keys()
+    assert "embed.weight" in engine.extension("prefix").frozen
+    assert not {"final_norm.weight", "head.weight"} & engine.extension("prefix").frozen.keys()
 
 
 def test_a_decoder_is_cut_off_only_when_its_encoder_is_frozen() -> None:
@@ -213,7 +213,7 @@ def test_a_decoder_is_cut_off_only_when_its_encoder_is_frozen() -> None:
     engine = freeze_low(model, low="decoder\\.block\\.0\\.")
     backward(model)
     engine.step()
-    assert engine.prefix.frozen == {}
+    assert engine.extension("prefix").frozen == {}
     for component in engine.components:
         component.tau = 1e30 if component.tower == "encoder" else component.tau
     whole = copy.deepcopy(model)
@@ -221,7 +221,7 @@ def test_a_decoder_is_cut_off_only_when_its_encoder_is_frozen() -> None:
         p.requires_grad_(True)
     backward(model)
     engine.step()
-    names = engine.prefix.frozen.keys()
+    names = engine.extension("prefix").frozen.keys()
     assert "shared.weight" in names
     assert "encoder.final_layer_norm.weight" in names
     assert "decoder.final_layer_norm.weight" not in names
@@ -251,14 +251,14 @@ def test_towers_that_run_one_after_the_other() -> None:
     engine = freeze_low(model, low="nothing|.*vision.*layers\\.0\\.")
     vision, language = sorted({c.tower for c in engine.components}, reverse=True)
     step()
-    names = set(engine.prefix.frozen)
+    names = set(engine.extension("prefix").frozen)
     assert names
     assert all("vision" in name for name in names)
     for component in engine.components:
         if component.tower == vision or component.layer == 0:
             component.tau = 1e30
     step()
-    below = set(engine.prefix.frozen) - names
+    below = set(engine.extension("prefix").frozen) - names
     assert any("embed_tokens" in name for name in below)
     assert any("connector" in name for name in below)
     assert all(not p.requires_grad for name, p in model.named_parameters() if "vision" in name or "connector" in name)
@@ -304,8 +304,8 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(method: str, reentrant: 
     second_engine.load_state_dict(state)
     train(second, second_engine, second_optimizer, 4)
     assert second_engine.frozen == engine.frozen
-    assert second_engine.prefix.frozen == engine.prefix.frozen
-    assert set(engine.prefix.frozen.values()) == (set() if method == "lora" else {1, 4})
+    assert second_engine.extension("prefix").frozen == engine.extension("prefix").frozen
+    assert set(engine.extension("prefix").frozen.values()) == (set() if method == "lora" else {1, 4})
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, second.state_dict()[name]), name
 
@@ -328,7 +328,7 @@ def test_the_order_is_no_longer_recorded_after_the_first_freezing() -> None:
     backward(model)
     engine.step()
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
-    assert engine.prefix._record not in hooks
+    assert engine.extension("prefix")._record not in hooks
 
 
 def test_a_state_of_another_model_is_refused_unchanged() -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers import MambaConfig, MambaForCausalLM
 
 from grades_hf import GradES, GradESConfig, find_components
-from grades_hf.components import survey
+from grades_hf.find.components import survey
 from grades_hf.criteria import assign_thresholds
 from tests.architectures import TABLE, GPTBlock, SmallGPT
 from tests.small import llama, lora
