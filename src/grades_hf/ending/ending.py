@@ -67,7 +67,9 @@ class Ending(Extension):
             raise ValueError(NO_ROWS)
         self._run: Any = run
         self._rows = self._held_out
-        if not callable(self._held_out) or hasattr(self._held_out, "__getitem__"):
+        if not isinstance(self._held_out, Rows) and (
+            not callable(self._held_out) or hasattr(self._held_out, "__getitem__")
+        ):
             self._rows = Rows(self._held_out, run.config.look_rows)
         self._epoch: float | None = None
         undo.callback(self._close)
