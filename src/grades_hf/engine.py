@@ -233,7 +233,8 @@ class GradES:
         if self._open is not None:
             check, self._open = self._open, None
             self._valid(check)
-        self.history.ended = "converged" if self.done else "completed" if self.t >= self.total_steps else "stopped"
+        over = "converged" if self.ending is None else "look"
+        self.history.ended = over if self.done else "completed" if self.t >= self.total_steps else "stopped"
         if self.meter.measured:
             self.history.savings = dataclasses.asdict(self.savings())
 

@@ -1,0 +1,351 @@
+"""Without a tau: proposals, looks, the average that is returned, and a run that nobody seems to have looked at."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from grades_hf import GradES, GradESConfig
+from grades_hf.ending import Average, Rows
+from grades_hf.parallel.ranks import Ranks
+from tests.ending import loops
+from tests.ending.loops import HELD_OUT, STEPS, dataset, train
+
+BETTER = torch.linspace(-0.01, 0.01, 50)  # noise of 50 rows, far below the differences that the scripts use
+
+
+class Script:
+    """Losses of 50 rows that a test dictates: one mean for each pass, in the order in which passes are made."""
+
+    def __init__(self, *means: float) -> None:
+        self.means = list(means)
+        self.passes: list[float] = []
+
+    def __call__(self, model: nn.Module) -> torch.Tensor:
+        assert not model.training
+        mean = self.means[min(len(self.passes), len(self.means) - 1)]
+        self.passes.append(mean)
+        return mean + BETTER.roll(len(self.passes))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_run_that_overfits_ends_with_weights_that_are_better_than_the_last_ones(kind):
+    held = Rows(dataset(), 128)
+
+    def loss(model: nn.Module) -> float:
+        losses = held.losses(model.eval(), Ranks(model))
+        return sum(losses) / len(losses)
+
+    rate = 1e-2 if kind == "full" else 1e-1
+    whole, ended = train(kind, None, learning_rate=rate), train(kind, GradESConfig(), learning_rate=rate)
+    assert ended.engine.done
+    assert ended.steps < STEPS
+    look = ended.engine.ending.looks[-1]
+    assert loss(ended.model) == pytest.approx(look["average_loss"], rel=1e-6)
+    assert loss(ended.model) < loss(whole.model) - 0.1
+    assert ended.engine.frozen == {}
+    assert ended.engine.history.looks == ended.engine.ending.looks
+    ended.engine.close()
+    assert ended.engine.history.ended == "look"
+    assert {p.requires_grad for n, p in ended.model.named_parameters() if kind == "full" or "lora" in n} == {True}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_training_goes_on_as_if_nobody_had_looked(kind):
+    """Also with dropout, which draws random numbers: 50 rows that get better at each look never end a run."""
+    script = Script(*[10.0 - i for i in range(100)])
+    bare, watched = train(kind, None, dropout=0.2), train(kind, GradESConfig(), held_out=script, dropout=0.2)
+    assert len(watched.engine.ending.looks) > 3
+    assert watched.steps == STEPS
+    assert watched.randoms == bare.randoms
+    assert all(torch.equal(watched.weights[name], weight) for name, weight in bare.weights.items())
+    assert all(module.training for module in watched.model.modules())
+
+
+def test_real_looks_leave_no_trace():
+    """A look that computes real losses, in a model whose forward pass draws random numbers and writes to a buffer."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = loops.make("full")
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, **inputs):
+            self.calls += 1
+            torch.rand(3)
+            return self.inner(**inputs)
+
+    model = Noisy().train()
+    model.inner.eval()  # a part that the user keeps in evaluation mode stays there
+    engine = GradES(model, GradESConfig(), total_steps=STEPS, held_out=dataset())
+    loops_made = 0
+    for step in range(12):
+        model(**loops.batch(step)).loss.backward()
+        before = torch.get_rng_state(), model.calls.clone(), model.state_dict()
+        before = before[0], before[1], {name: tensor.clone() for name, tensor in before[2].items()}
+        looks = len(engine.ending.looks)
+        engine.step()
+        loops_made += len(engine.ending.looks) - looks
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before[2].items())
+        assert model.training
+        assert not model.inner.training
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(p.grad, alpha=-0.01)
+        model.zero_grad()
+    assert loops_made == 1
+    engine.close()
+
+
+def rule(script: Script, **options: object) -> GradES:
+    return train("full", GradESConfig(**options), held_out=script).engine
+
+
+def test_the_first_look_never_ends_a_run():
+    engine = rule(Script(1.0, *[1.0 - i for i in range(1, 90)]))
+    first = engine.ending.looks[0]
+    assert (first["loss"], first["difference"], first["since"], first["ended"]) == (None, None, None, False)
+
+
+def test_an_average_that_has_clearly_learned_costs_one_pass_and_goes_on():
+    script = Script(*[10.0 - i for i in range(100)])
+    engine = rule(script)
+    assert not engine.done
+    assert len(script.passes) == len(engine.ending.looks) > 3
+    assert all(look["since"] == pytest.approx(-1.0) for look in engine.ending.looks[1:])
+
+
+def test_a_run_ends_when_the_weights_lose_to_both_averages():
+    engine = rule(Script(1.0, 1.0, 1.5))  # first look: 1.0; second: average 1.0, present 1.5
+    assert [look["ended"] for look in engine.ending.looks] == [False, True]
+    look = engine.ending.looks[-1]
+    assert (look["average_loss"], look["loss"], look["rows"]) == (pytest.approx(1.0), pytest.approx(1.5), 50)
+    assert engine.t == look["step"]
+    assert f"step {look['step']} of {STEPS}" in engine.ended
+
+
+@pytest.mark.parametrize(
+    ("passes", "why"),
+    [
+        ((1.0, 1.0, 1.001), "the average is better by less than three standard errors"),
+        ((1.6, 1.0, 1.5), "the average has clearly learned since the last look"),
+        ((1.6, 1.6, 1.5), "the weights are better than both averages"),
+    ],
+)
+def test_a_run_goes_on_otherwise(passes, why):
+    script = Script(*passes, *[passes[-1] - 1 - i for i in range(90)])  # from then on every average has learned
+    engine = rule(script)
+    assert not engine.done, why
+    assert engine.ending.looks[1]["ended"] is False
+
+
+def test_the_last_looks_average_must_be_better_than_the_weights():
+    """In a noisy second epoch the average beats the weights, which still beat the average of the last look."""
+    engine = rule(Script(2.0, 1.9999, 1.5, -50.0))
+    engine_ends = rule(Script(2.0, 1.9999, 2.5, -50.0))
+    assert [look["ended"] for look in engine.ending.looks[:2]] == [False, False]
+    assert [look["ended"] for look in engine_ends.ending.looks] == [False, True]
+
+
+def test_three_standard_errors_are_those_of_the_paired_difference():
+    """A spread over rows that both passes share does not count, one between them does."""
+    shared = torch.linspace(0, 100, 50)
+
+    def script(offsets):
+        passes = iter([shared, shared + 1e-9, *[shared + offset for offset in offsets]])
+        return lambda model: next(passes, shared - 1000 * torch.rand(()))
+
+    noise = torch.linspace(-1, 1, 50)
+    error = noise.std() / math.sqrt(50)
+    assert rule(script([0.01])).done
+    assert rule(script([noise + 3.1 * error])).done
+    engine = rule(script([noise + 2.9 * error]))
+    assert engine.ending.looks[1]["ended"] is False
+    assert engine.ending.looks[1]["error"] == pytest.approx(float(error))
+
+
+def test_looks_are_due_on_a_schedule_that_gradients_can_only_bring_forward():
+    looks = rule(Script(*[10.0 - i for i in range(100)])).ending.looks
+    assert looks[0]["step"] >= 10
+    for before, after in zip(looks, looks[1:], strict=False):
+        assert after["step"] >= 1.25 * before["step"]
+        if after["reason"] == "schedule":
+            assert after["step"] == math.ceil(1.35 * before["step"])
+        else:
+            assert after["votes"] >= 0.5 * after["components"]
+            assert after["step"] <= math.ceil(1.35 * before["step"])
+    rises = [look["rise"] for look in looks]
+    raised = [look["reason"] == "gradients" for look in looks]
+    for (before, after), moved in zip(zip(rises, rises[1:], strict=False), raised, strict=False):
+        assert after == pytest.approx(before * 1.5 if moved else before)
+
+
+def test_no_look_while_every_row_has_been_seen_once():
+    config = GradESConfig()
+    engine = train("full", config, epochs=True, held_out=Script(10.0, 9.0)).engine
+    assert engine.ending.looks[0]["step"] > loops.ROWS / loops.BATCH
+    first_epoch = train("full", config, held_out=Script(10.0, 9.0), steps=30)
+    assert first_epoch.engine.ending.looks  # a loop that does not say epochs gets looks
+    model = loops.make("full")
+    engine = GradES(model, config, total_steps=STEPS, held_out=Script(1.0, 1.0, 2.0))
+    for step in range(STEPS):
+        model(**loops.batch(step)).loss.backward()
+        engine.step(epoch=step / STEPS)
+        model.zero_grad()
+    assert engine.ending.looks == []
+    assert "no look" in engine.conclude()
+
+
+def test_nothing_is_looked_at_in_the_grace_period():
+    engine = rule(Script(*[10.0 - i for i in range(100)]), alpha=0.5)
+    assert engine.ending.looks[0]["step"] == STEPS // 2 + 1
+
+
+def test_the_update_of_the_last_step_does_not_touch_what_is_returned():
+    ended = train("full", GradESConfig(), held_out=Script(1.0, 1.0, 1.5))
+    average = {p: tensor.clone() for p, tensor in ended.engine.tensors()["average"].items()}
+    assert average.keys() == set(ended.model.parameters())
+    assert all(torch.equal(p, tensor) for p, tensor in average.items())
+
+
+def test_the_last_weights_on_request():
+    last = train("full", GradESConfig(return_weights="last"), held_out=Script(1.0, 1.0, 1.5))
+    bare = train("full", None, steps=last.steps - 1)
+    assert all(torch.equal(last.weights[name], weight) for name, weight in bare.weights.items())
+
+
+@pytest.mark.parametrize(("horizon", "every"), [(10.0, 1), (45.0, 2)])
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_the_average_is_the_formulas(horizon, every, device):
+    """The slow twin: one Python float an update, in float64."""
+    weight = nn.Parameter(torch.zeros(3))
+    average = Average(horizon, device)
+    assert average.every == every
+
+    class One:
+        model, t = nn.Module(), 0
+
+    One.model.weight = weight
+    from contextlib import ExitStack
+
+    from grades_hf.contracts import Step
+
+    undo = ExitStack()
+    average.attach(One, undo)  # type: ignore[arg-type]
+    expected = None
+    for t in range(1, 120):
+        average.before_check(Step(t))
+        updates = t - 1  # the weights are those after so many updates
+        if updates >= 1 and (updates - 1) % every == 0:
+            reach = min(horizon, max(1.0, (updates - 1 + every) / 2))
+            a = 1 - (1 - 1 / reach) ** every
+            value = math.sin(updates)
+            expected = value if expected is None else expected + a * (value - expected)
+        if expected is None:
+            assert not average.ready
+        else:
+            assert average.tensors()[weight].tolist() == pytest.approx([expected] * 3, abs=1e-5)
+        with torch.no_grad():
+            weight.fill_(math.sin(t))
+    undo.close()
+    assert average.tensors() == {}
+
+
+def test_half_precision_weights_have_an_average_in_float32_and_come_back_to_the_bit():
+    script = Script(*[10.0 - i for i in range(100)])
+    bare = train("full", None, dtype=torch.bfloat16)
+    watched = train("full", GradESConfig(), held_out=script, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in watched.engine.tensors()["average"].values()} == {torch.float32}
+    assert all(torch.equal(watched.weights[name], weight) for name, weight in bare.weights.items())
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interrupted_equals_uninterrupted(kind, dtype):
+    whole = train(kind, GradESConfig(), dropout=0.1, dtype=dtype, epochs=True)
+    assert whole.engine.ending.looks
+    last = whole.engine.ending.looks[-1]["step"]
+    for after in ([1], [9, 11, last - 1]) if dtype == torch.float32 else (range(1, STEPS),):
+        again = train(kind, GradESConfig(), dropout=0.1, dtype=dtype, epochs=True, resume_after=list(after))
+        assert again.steps == whole.steps
+        assert again.engine.ending.looks == whole.engine.ending.looks
+        assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
+
+
+def test_an_average_that_the_checkpoint_lacks_begins_anew(caplog):
+    run = train("full", GradESConfig(), held_out=Script(9.0, 8.0), steps=9)
+    state = run.engine.state_dict()
+    del state["tensors"]["average"]
+    run.engine.close()
+    engine = GradES(run.model, GradESConfig(), total_steps=STEPS, held_out=Script(9.0, 8.0))
+    engine.load_state_dict(state)
+    assert "begins anew" in caplog.text
+    assert not engine.ending._run.extension("average").ready
+    for step in (9, 10):
+        run.model(**loops.batch(step)).loss.backward()
+        engine.step()
+        run.model.zero_grad()
+    now = engine.tensors()["average"]
+    assert all(torch.equal(tensor, p) for p, tensor in now.items())  # the first update takes the weights as they are
+    engine.close()
+
+
+def test_without_held_rows_and_without_a_tau_there_are_three_ways_out():
+    model = loops.make("full")
+    with pytest.raises(ValueError, match=r"held_out=.*eval_dataset.*tau"):
+        GradES(model, GradESConfig(), total_steps=9)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+class Map(Dataset):
+    def __len__(self):
+        return len(HELD_OUT)
+
+    def __getitem__(self, index):
+        return {"input_ids": HELD_OUT[index], "labels": HELD_OUT[index]}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(dataset())
+
+
+@pytest.mark.parametrize("number", [7, 128])
+@pytest.mark.parametrize(
+    "source", [dataset(), Map(), Stream(), DataLoader(Map(), batch_size=16), DataLoader(Stream(), batch_size=4)]
+)
+def test_the_loss_of_each_row_is_that_of_a_batch_of_its_own(source, number):
+    model = loops.make("full").eval()
+    losses = Rows(source, number).losses(model, Ranks(model))
+    assert losses == Rows(source, number).losses(model, Ranks(model)), "the same rows each time"
+    expected = {round(model(input_ids=r[None], labels=r[None]).loss.item(), 5) for r in HELD_OUT}
+    assert {round(loss, 5) for loss in losses} <= expected
+    assert len(losses) == min(number, len(HELD_OUT))
+
+
+def test_rows_that_say_nothing_are_refused():
+    model = loops.make("full")
+    with pytest.raises(ValueError, match="no rows"):
+        GradES(model, GradESConfig(), total_steps=9, held_out=[])
+    with pytest.raises(ValueError, match="no loss"):
+        Rows([{"input_ids": HELD_OUT[0]}], 3).losses(model, Ranks(model))
+    with pytest.raises(ValueError, match="at least two rows"):
+        train("full", GradESConfig(), held_out=lambda model: torch.ones(1))
+
+
+def test_a_finished_run_is_not_trained_any_more():
+    ended = train("full", GradESConfig(), held_out=Script(1.0, 1.0, 1.5))
+    assert not any(p.requires_grad for p in ended.model.parameters())
+    state = ended.engine.state_dict()
+    ended.engine.close()
+    engine = GradES(ended.model, GradESConfig(), total_steps=STEPS, held_out=Script(1.0))
+    engine.load_state_dict(state)
+    assert engine.done
+    engine.close()
