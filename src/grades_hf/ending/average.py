@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Extension, Run, Step
-from ..parallel.sharded import local, placed_like
+from ..parallel.sharded import local, placed_like, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +76,9 @@ class Average(Extension):
         for averages, weights in groups.values():
             torch._foreach_lerp_(averages, weights, weight)
 
-    @torch.no_grad()
     def install(self) -> None:
         """Put the average into the model."""
-        for parameter, average in self._average.items():
-            local(parameter.detach()).copy_(average)
+        self._write(self._average)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -91,9 +89,13 @@ class Average(Extension):
             self.install()
             yield
         finally:
-            with torch.no_grad():
-                for parameter, weight in present.items():
-                    local(parameter.detach()).copy_(weight)
+            self._write(present)
+
+    @torch.no_grad()
+    def _write(self, weights: Mapping[Tensor, Tensor]) -> None:
+        for parameter, weight in weights.items():
+            local(parameter.detach()).copy_(weight)
+        reshard(self._run.model)
 
     def tensors(self) -> dict[Tensor, Tensor]:
         return dict(self._average)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ..parallel.ranks import Ranks
+from ..parallel.sharded import reshard
 
 RowLosses = Callable[[nn.Module], Tensor]
 HeldOut = RowLosses | Dataset[Any] | DataLoader[Any] | Sequence[Any]
@@ -109,6 +110,7 @@ def unseen(model: nn.Module) -> Iterator[None]:
             module.training = training
         for buffer, before in buffers:
             buffer.copy_(before)
+        reshard(model)
 
 
 def _to(batch: Any, device: torch.device) -> Any:

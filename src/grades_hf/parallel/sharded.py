@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..contracts import Extension, Run
@@ -26,6 +27,13 @@ from ..contracts import Extension, Run
 def is_sharded(model: nn.Module) -> bool:
     """Whether any parameter of `model` is sharded over processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the gathered weights that FSDP2 keeps after a forward pass without a backward pass: they get stale."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
