@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import typing
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,7 +78,8 @@ def parse(types: tuple[Any, ...], argv: list[str], description: str) -> tuple[An
     parser: Any = TrlParser(types, allow_abbrev=False, usage=usage, description=description)
     parser.add_argument("--config", metavar="FILE.yaml", help="Arguments as YAML; the command line wins.")
     if not torch.accelerator.is_available():  # the defaults of TRL are made for a GPU
-        parser.set_defaults(use_cpu=True, bf16=False, activation_checkpointing=False, dataloader_pin_memory=False)
+        parser.set_defaults(use_cpu=True, bf16=False, dataloader_pin_memory=False)
+        parser.set_defaults(activation_checkpointing=False, gradient_checkpointing=False)  # the new name and the old
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     try:
         *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
@@ -124,6 +126,7 @@ def command(script: str) -> Iterator[None]:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for name in ("recipes", "grades_hf"):
         logging.getLogger(name).setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)  # of TRL and PEFT
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     alone = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1

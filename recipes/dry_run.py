@@ -8,12 +8,12 @@ import io
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
 from grades_hf import GradESConfig, History
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STEPS, ROWS, TEST_ROWS = 12, 16, 4
-VOCABULARY, LAYERS, HEAD_DIM = 512, 2, 32
+LAYERS, HEAD_DIM = 2, 32
 
 # The models of the configs: what of their config.json makes the architecture, and of its sizes the heads.
 LLAMA3 = {
@@ -69,8 +69,7 @@ def shrink(plan: Plan) -> None:
         plan.recipe.model,
         len(plan.train),
     )
-    texts = [str(value) for row in plan.train for value in row.values()]
-    plan.location = write_small_model(plan.recipe.model, texts, Path(training.output_dir) / "model")
+    plan.location = write_small_model(plan.recipe.model, Path(training.output_dir) / "model")
 
 
 def _shortest(rows: Any) -> Any:
@@ -78,7 +77,7 @@ def _shortest(rows: Any) -> Any:
     return rows.select(order[:ROWS])
 
 
-def write_small_model(model: str, texts: Iterable[str], folder: Path) -> str:
+def write_small_model(model: str, folder: Path) -> str:
     """Save a small random model of the architecture of `model`, with a tokenizer; the folder, for `from_pretrained`.
 
     A local directory brings its own tokenizer. Of a hub id that is neither in the table above nor in the local cache,
@@ -95,7 +94,7 @@ def write_small_model(model: str, texts: Iterable[str], folder: Path) -> str:
         except OSError:
             logger.info("The architecture of %s is not known without a download: the small model is a Llama.", model)
             config = AutoConfig.for_model("llama", num_attention_heads=4, num_key_value_heads=2)
-    tokenizer = AutoTokenizer.from_pretrained(model) if local else _tokenizer(texts)
+    tokenizer = AutoTokenizer.from_pretrained(model) if local else _tokenizer()
     _shrink_config(config, len(tokenizer))
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(tokenizer, name))
@@ -124,21 +123,14 @@ def _shrink_config(config: Any, vocabulary: int) -> None:
     config.vocab_size = vocabulary
 
 
-def _tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of 512 tokens, trained on the rows, with a chat template."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special, letters = ["<pad>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=letters, show_progress=False
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = CHAT
-    return tokenizer
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, with a chat template."""
+    letters = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    byte_level = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, merges=[]))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=byte_level, chat_template=CHAT, **special)
 
 
 @contextlib.contextmanager
@@ -164,4 +156,4 @@ def fitting(grades: GradESConfig, trainer: Any) -> GradESConfig:
     logger.info("A first run froze nothing, to see the values of the statistic.")
     logger.info("The thresholds are multiplied by %.3g, since the small model's gradients have another size.", factor)
     scaled = {key: value * factor for key, value in grades.tau.items()} if isinstance(grades.tau, dict) else None
-    return dataclasses.replace(grades, tau=scaled or factor * grades.tau)  # type: ignore[operator]
+    return dataclasses.replace(grades, tau=scaled or factor * grades.tau)

@@ -124,7 +124,7 @@ def build(plan: Plan, grades: GradESConfig | None, output: Path, kind: Any = Non
     Raises:
         ValueError: an option does not fit the model, or no row fits.
     """
-    training = copy.copy(plan.training)
+    training: Any = copy.copy(plan.training)
     training.output_dir = str(output)
     training.model_init_kwargs = {
         **(training.model_init_kwargs or {}),
@@ -141,7 +141,7 @@ def build(plan: Plan, grades: GradESConfig | None, output: Path, kind: Any = Non
         )
     if grades is not None:
         options = {"grades": grades, **options}
-    trainer: SFTTrainer = (kind or (SFTTrainer if grades is None else GradESSFTTrainer))(
+    trainer: Any = (kind or (SFTTrainer if grades is None else GradESSFTTrainer))(
         model=plan.location,
         args=training,
         train_dataset=plan.train,
@@ -159,10 +159,10 @@ def build(plan: Plan, grades: GradESConfig | None, output: Path, kind: Any = Non
             )
     if grades is not None and grades.tau is not None:  # better refused now than after the first evaluation
         thresholds(trainer.model, grades)
-    return trainer
+    return trainer  # type: ignore[no-any-return]
 
 
-def measure(plan: Plan, trainer: SFTTrainer) -> dict[str, Any]:
+def measure(plan: Plan, trainer: Any) -> dict[str, Any]:
     """The loss on the held-out rows, and the accuracy on the benchmarks; on the main process alone the latter."""
     scores: dict[str, Any] = {}
     if plan.held_out is not None:

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import logging
 import math
-import os
+import operator
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from trl import SFTConfig, get_peft_config
 
 from grades_hf import GradES
 from recipes import finetune
-from recipes.arguments import command
+from recipes.arguments import command, parse
 
 logger = logging.getLogger("recipes.no_trainer")
 
@@ -39,7 +39,7 @@ KNOWN = (
     "per_device_eval_batch_size", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "max_length", "lr_scheduler_type", "warmup_steps", "bf16", "use_cpu", "logging_steps",
     "save_strategy", "save_steps", "save_total_limit", "report_to", "disable_tqdm", "resume_from_checkpoint",
-    "activation_checkpointing", "gradient_checkpointing", "dataloader_pin_memory",
+    "logging_strategy", "eval_strategy",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def prepare(argv: list[str]) -> finetune.Plan:
     """
     plan = finetune.prepare(argv)
     args: Any = plan.training
-    default = SFTConfig(args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16)
+    default = parse((SFTConfig,), ["--output_dir", args.output_dir], "")[0]
     for item in dataclasses.fields(SFTConfig):
         value = getattr(args, item.name)
         if item.init and item.name not in KNOWN and value != getattr(default, item.name):
@@ -71,7 +71,7 @@ def encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, li
         prompt = row.get("prompt", "")
         text = prompt + row["completion" if "prompt" in row else "text"] + tokenizer.eos_token
     ids, before = (tokenizer(part, add_special_tokens=not chat)["input_ids"] for part in (text, prompt))
-    start = len(os.path.commonprefix([ids, before])) if prompt else 0
+    start = sum(1 for _ in itertools.takewhile(bool, map(operator.eq, ids, before))) if prompt else 0
     return {"input_ids": ids[:max_length], "labels": ([-100] * start + ids[start:])[:max_length]}
 
 
@@ -103,6 +103,7 @@ def train(plan: finetune.Plan, model: Any, tokenizer: Any, accelerator: Accelera
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # GradES: after everything else is set up. It counts the steps, and is saved and loaded with the rest.
+    assert plan.grades is not None
     engine = GradES(model, plan.grades, total_steps=total_steps, optimizer=optimizer)
     accelerator.register_for_checkpointing(scheduler, engine)
     if args.resume_from_checkpoint:
@@ -113,6 +114,8 @@ def train(plan: finetune.Plan, model: Any, tokenizer: Any, accelerator: Accelera
         epoch, done = divmod(engine.t, steps_per_epoch)
         loader.set_epoch(epoch)
         rest = iter(accelerator.skip_first_batches(loader, done * accumulation))
+        with torch.random.fork_rng(devices=[], enabled=done > 0):  # a loader draws a number, as before the checkpoint
+            rest = itertools.chain([next(rest)], rest)
         while batches := list(itertools.islice(rest, accumulation)):
             # The mean over all tokens of the step, on all processes, that have a label.
             tokens = accelerator.reduce(sum(batch["labels"][:, 1:].ne(-100).sum() for batch in batches))

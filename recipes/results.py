@@ -33,7 +33,10 @@ def tell(results: dict[str, Any]) -> list[str]:
 
 def side_by_side(ours: dict[str, Any], plain: dict[str, Any]) -> list[str]:
     """A table of a run with GradES and the same run without."""
-    table = [("", "with GradES", "without"), ("steps", str(ours["steps_run"]), str(plain["steps_run"]))]
+    table: list[tuple[str, ...]] = [
+        ("", "with GradES", "without"),
+        ("steps", str(ours["steps_run"]), str(plain["steps_run"])),
+    ]
     if "compute" in ours:
         table.append(("compute", f"{1 - ours['compute']['saved']:.2f}", "1.00"))
     table.append(("training time", *(f"{run['seconds']['training']:.0f} s" for run in (ours, plain))))
