@@ -59,6 +59,7 @@ class Plan:
     Attributes:
         location: What `from_pretrained` takes: a directory, or a hub id.
         tests: For each benchmark the rows that its accuracy is measured on.
+        arguments: The options of GradES as they were given.
         more: The arguments of the types that a caller of `prepare` has added.
     """
 
@@ -70,6 +71,7 @@ class Plan:
     held_out: Dataset | None
     tests: dict[str, Dataset]
     location: str = ""
+    arguments: Any = None
     more: tuple[Any, ...] = ()
 
 
@@ -99,7 +101,7 @@ def prepare(argv: list[str], *more: Any) -> Plan:
         )
     if held_out is None and str(training.eval_strategy.value) != "no":
         raise ValueError(f"eval_strategy={training.eval_strategy.value!r} needs rows: pass eval_data or held_out_rows.")
-    plan = Plan(recipe, model, training, grades, train, held_out, tests, more=tuple(added))
+    plan = Plan(recipe, model, training, grades, train, held_out, tests, arguments=arguments, more=tuple(added))
     if recipe.dry_run:
         dry_run.shrink(plan)
     else:

