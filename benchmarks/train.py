@@ -42,11 +42,6 @@ def prepare(argv: list[str]) -> tuple[finetune.Plan, ArmArguments]:
         ValueError: something cannot work.
     """
     arm = next((after for word, after in itertools.pairwise(argv) if word == "--arm"), "grades")
-    resume = argv[argv.index("--resume_from_checkpoint") + 1] if "--resume_from_checkpoint" in argv else None
-    if resume is not None and not Path(resume, "trainer_state.json").is_file():
-        raise ValueError(
-            f"resume_from_checkpoint={resume!r} holds no trainer_state.json; pass a checkpoint-N directory."
-        )
     plan = finetune.prepare([*argv, *([] if arm == "grades" else ["--grades", "false"])], ArmArguments)
     (arguments,) = plan.more
     arguments.check(plan.arguments.observe)

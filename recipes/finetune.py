@@ -84,9 +84,14 @@ def prepare(argv: list[str], *more: Any) -> Plan:
     types = (RecipeArguments, ModelConfig, SFTConfig, GradESArguments, *more)
     recipe, model, training, arguments, *added = parse(types, argv, (__doc__ or "").split("\n")[0])
     grades = grades_config(arguments)
-    if str(training.resume_from_checkpoint).lower() in ("true", "false"):
-        resume = str(training.resume_from_checkpoint).lower() == "true"
-        training.resume_from_checkpoint = get_last_checkpoint(training.output_dir) if resume else None
+    resume = training.resume_from_checkpoint
+    if resume is not None and resume.lower() in ("true", "false"):
+        exists = resume.lower() == "true" and Path(str(training.output_dir)).is_dir()
+        resume = training.resume_from_checkpoint = get_last_checkpoint(training.output_dir) if exists else None
+    if resume is not None and not Path(resume, "trainer_state.json").is_file():
+        raise ValueError(
+            f"resume_from_checkpoint={resume!r} holds no trainer_state.json; pass another checkpoint-N directory."
+        )
     if recipe.dry_run:
         pypi.go_offline()
     train, held_out, tests = rows.load(recipe, training, offline=recipe.dry_run)
@@ -128,6 +133,10 @@ def build(plan: Plan, grades: GradESConfig | None, output: Path, kind: Any = Non
     """
     training: Any = copy.copy(plan.training)
     training.output_dir = str(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir={str(output)!r} cannot be written: {error}. Pass another one.") from error
     training.model_init_kwargs = {
         **(training.model_init_kwargs or {}),
         "revision": plan.model.model_revision,

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+import pandas
+import pyarrow
+from datasets import Dataset, DatasetDict, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from trl import maybe_convert_to_chatml
 
@@ -101,7 +103,13 @@ def read(source: str, configuration: str | None = None) -> DatasetDict:
             suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
             if suffix not in BUILDERS:
                 raise ValueError(f"data={source!r} has the ending {path.suffix!r}; use one of {', '.join(BUILDERS)}.")
-            found = load_dataset(BUILDERS[suffix], data_files=str(path))
+            if path.stat().st_size == 0:
+                raise ValueError(f"data={source!r} is empty.")
+            if suffix == ".csv":  # all columns are text: 1. is an answer, too
+                table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+                found = DatasetDict(train=Dataset.from_pandas(table, preserve_index=False))
+            else:
+                found = load_dataset(BUILDERS[suffix], data_files=str(path))
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             saved = datasets.load_from_disk(str(path))
             found = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
@@ -109,7 +117,14 @@ def read(source: str, configuration: str | None = None) -> DatasetDict:
             found = load_dataset(str(path) if path.is_dir() else source, configuration)
         else:
             raise ValueError(f"data={source!r} is no file or directory; check the path.")
-    except (OSError, EOFError, DatasetsError, DatasetGenerationError) as error:
+    except (
+        OSError,
+        EOFError,
+        DatasetsError,
+        DatasetGenerationError,
+        pyarrow.ArrowException,
+        pandas.errors.ParserError,
+    ) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
             f"data={source!r} cannot be read: {reason}. Check the name, and that it is complete."
@@ -141,6 +156,9 @@ def as_trl(rows: Dataset, arguments: Any, training: Any) -> Dataset:
     extra = [name for name in ("tools", "chat_template_kwargs") if name in rows.column_names and kind != ("text",)]
     rows = rows.select_columns([*(names[name] for name in kind), *extra])
     rows = rows.rename_columns({names[name]: name for name in kind if names[name] != name})
+    for name in kind:
+        if isinstance(rows.features[name], Value):  # numbers, too, are answers
+            rows = rows.cast_column(name, Value("string"))
     empty = [number for number, row in enumerate(rows, start=1) if not all(row[name] for name in kind)]
     if empty:
         raise ValueError(f"row {empty[0]} has nothing in {' or '.join(names[name] for name in kind)}; fill or drop it.")
