@@ -88,10 +88,11 @@ def prepare(argv: list[str], *more: Any) -> Plan:
     if resume is not None and resume.lower() in ("true", "false"):
         exists = resume.lower() == "true" and Path(str(training.output_dir)).is_dir()
         resume = training.resume_from_checkpoint = get_last_checkpoint(training.output_dir) if exists else None
-    if resume is not None and not Path(resume, "trainer_state.json").is_file():
-        raise ValueError(
-            f"resume_from_checkpoint={resume!r} holds no trainer_state.json; pass another checkpoint-N directory."
-        )
+    # Trainer writes the first of these last, and the loop of no_trainer.py the second.
+    if resume is not None and not any(
+        Path(resume, name).is_file() for name in ("trainer_state.json", "random_states_0.pkl")
+    ):
+        raise ValueError(f"resume_from_checkpoint={resume!r} holds no complete checkpoint; pass another directory.")
     if recipe.dry_run:
         pypi.go_offline()
     train, held_out, tests = rows.load(recipe, training, offline=recipe.dry_run)

@@ -166,7 +166,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(config: list[str], tmp_path: P
         (["--tau", '{"attention": 1.0}'], "without a threshold"),
         (["--tau", '{"attention": 1.0, "mlp": 1.0, "vision": 1.0}'], "'vision'"),
         (["--freeze_target_modules", "nothing_proj"], "nothing_proj"),
-        (["--resume_from_checkpoint", "/nowhere"], "resume_from_checkpoint='/nowhere' holds no trainer_state.json"),
+        (["--resume_from_checkpoint", "/nowhere"], "resume_from_checkpoint='/nowhere' holds no complete checkpoint"),
         (["--held_out_rows", "0", "--eval_strategy", "epoch"], "eval_strategy='epoch' needs rows"),
         (["--output_dir", "/proc/run"], "output_dir='/proc/run' cannot be written"),
     ],

@@ -147,7 +147,7 @@ def test_two_processes_equal_one(config: list[str], tmp_path: Path) -> None:
     [
         (["--grades", "false"], "tau is missing"),
         (["--optim", "sgd"], "optim=.*no_trainer.py does not know that argument"),
-        (["--resume_from_checkpoint", "/nowhere"], "'/nowhere' holds no trainer_state.json"),
+        (["--resume_from_checkpoint", "/nowhere"], "'/nowhere' holds no complete checkpoint"),
         (["--tao", "1"], "'--tao' is unknown"),
     ],
 )
