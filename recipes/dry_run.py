@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STEPS, ROWS, TEST_ROWS = 12, 16, 4
+STEPS, ROWS, TEST_ROWS = 12, 16, 2
 LAYERS, HEAD_DIM = 2, 32
 
 # The models of the configs: what of their config.json makes the architecture, and of its sizes the heads.
@@ -56,7 +56,7 @@ def shrink(plan: Plan) -> None:
         type(training.save_strategy)("no"),
         type(training.eval_strategy)("no"),
     )
-    training.resume_from_checkpoint = None
+    training.resume_from_checkpoint, plan.recipe.evaluate_before = None, False
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         setattr(training, name, min(getattr(training, name), 2))
     plan.train = _shortest(plan.train)
