@@ -4,7 +4,7 @@
     accelerate launch --quiet recipes/finetune.py --config recipes/configs/quickstart.yaml [--argument value ...]
 
 A row has `prompt` and `completion`, or `messages`, or `text`. All arguments of TRL's SFTConfig and ModelConfig work,
-too. `--dry_run true` shows in less than a minute whether everything fits together. A run leaves in `output_dir` the
+too. `--dry_run` shows in less than a minute whether everything fits together. A run leaves in `output_dir` the
 model or adapter with its tokenizer, `grades_history.json` and `results.json`.
 """
 

@@ -1,7 +1,7 @@
 """Fine-tune a vision-language model on questions about images, with a threshold for each tower.
 
     accelerate launch --quiet recipes/finetune_vlm.py --config recipes/configs/vlm_smolvlm.yaml --data_dir DIR
-    python recipes/finetune_vlm.py --config recipes/configs/vlm_smolvlm.yaml --data_dir DIR --dry_run true
+    python recipes/finetune_vlm.py --config recipes/configs/vlm_smolvlm.yaml --data_dir DIR --dry_run
 
 `data_dir` holds `train.parquet` and `validation.parquet` with the columns `image`, `question`, `answer` (easy-VQA's).
 `--dry_run` takes a small random model instead of the hub's, to see that everything fits together.
