@@ -85,7 +85,8 @@ def run(plan: finetune.Plan, arguments: ArmArguments, trainer: Any) -> dict[str,
     if plan.arguments.observe and meter is not None:
         results["costs"] = costs(meter, trainer.model)
     method = "lora" if plan.model.use_peft else "full"
-    results |= {"seed": plan.training.seed, "arm": arguments.arm, "method": method, "model": plan.recipe.model}
+    results |= {"seed": plan.training.seed, "arm": arguments.arm, "method": method}
+    results["sources"] = {"model": plan.recipe.model}
     _write_json(output / "results.json", results)
     return results
 

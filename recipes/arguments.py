@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import json
 import logging
 import os
@@ -91,6 +92,26 @@ def parse(types: tuple[Any, ...], argv: list[str], description: str) -> tuple[An
         hint = f"Did you mean --{close[0]}?" if close else "--help lists all arguments."
         raise ValueError(f"the argument {unknown[0]!r} is unknown. {hint}")
     return tuple(parsed[: len(types)])
+
+
+def check_bits(model: Any, dry_run: bool) -> None:
+    """Refuse a base in 4 or 8 bits where it cannot be; `model` is TRL's ModelConfig.
+
+    Raises:
+        ValueError: all weights shall be trained, or a package or an accelerator is missing.
+    """
+    name = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+    if not getattr(model, name):
+        return
+    if not model.use_peft:
+        raise ValueError(f"{name}=True and use_peft=False: such weights cannot be trained. Pass --use_peft true.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"{name}=True needs bitsandbytes: pip install 'grades-hf[bnb]'.")
+    if not torch.accelerator.is_available() and not dry_run:
+        raise ValueError(
+            f"{name}=True needs an accelerator: on a CPU bitsandbytes repacks the weights at the first evaluation, and "
+            "no gradient flows through them any more. Leave it out."
+        )
 
 
 def thresholds(model: Any, grades: GradESConfig) -> dict[str, float]:

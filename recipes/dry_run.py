@@ -69,7 +69,8 @@ def shrink(plan: Plan) -> None:
         plan.recipe.model,
         len(plan.train),
     )
-    plan.location = write_small_model(plan.recipe.model, Path(training.output_dir) / "model")
+    with training.main_process_first(local=False):  # of several processes each writes the same files
+        plan.location = write_small_model(plan.recipe.model, Path(training.output_dir) / "model")
 
 
 def _shortest(rows: Any) -> Any:
@@ -155,5 +156,6 @@ def fitting(grades: GradESConfig, trainer: Any) -> GradESConfig:
     factor = statistics.median(ratios)
     logger.info("A first run froze nothing, to see the values of the statistic.")
     logger.info("The thresholds are multiplied by %.3g, since the small model's gradients have another size.", factor)
-    scaled = {key: value * factor for key, value in grades.tau.items()} if isinstance(grades.tau, dict) else None
-    return dataclasses.replace(grades, tau=scaled or factor * grades.tau)
+    given: Any = grades.tau
+    scaled = {key: value * factor for key, value in given.items()} if isinstance(given, dict) else given * factor
+    return dataclasses.replace(grades, tau=scaled)

@@ -32,7 +32,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from grades_hf import GradESConfig, GradESTrainerMixin
 from recipes import dry_run, pypi
-from recipes.arguments import GradESArguments, command, grades_config, option, parse, thresholds
+from recipes.arguments import GradESArguments, check_bits, command, grades_config, option, parse, thresholds
 from recipes.results import side_by_side, tell
 from recipes.tasks import accuracy, rows
 
@@ -84,6 +84,7 @@ def prepare(argv: list[str], *more: Any) -> Plan:
     types = (RecipeArguments, ModelConfig, SFTConfig, GradESArguments, *more)
     recipe, model, training, arguments, *added = parse(types, argv, (__doc__ or "").split("\n")[0])
     grades = grades_config(arguments)
+    check_bits(model, recipe.dry_run)
     resume = training.resume_from_checkpoint
     if resume is not None and resume.lower() in ("true", "false"):
         exists = resume.lower() == "true" and Path(str(training.output_dir)).is_dir()
@@ -96,6 +97,8 @@ def prepare(argv: list[str], *more: Any) -> Plan:
     if recipe.dry_run:
         pypi.go_offline()
     train, held_out, tests = rows.load(recipe, training, offline=recipe.dry_run)
+    if recipe.test_rows is not None and recipe.test_rows < 1:
+        raise ValueError(f"test_rows={recipe.test_rows} must be 1 or more; leave it out for all rows.")
     if recipe.test_rows is not None:
         tests = {
             name: test.shuffle(seed=0).select(range(min(recipe.test_rows, len(test)))) for name, test in tests.items()
@@ -221,7 +224,8 @@ def run(plan: Plan, trainer: SFTTrainer) -> dict[str, Any]:
     trainer.save_model()
     steps = {"steps_run": trainer.state.global_step, "steps_planned": trainer.state.max_steps}
     results: dict[str, Any] = {**steps, "evaluation": evaluation, "seconds": clock, "seed": plan.training.seed}
-    results |= {"arm": "none", "method": "lora" if plan.model.use_peft else "full", "model": plan.recipe.model}
+    results |= {"arm": "none", "method": "lora" if plan.model.use_peft else "full"}
+    results["sources"] = {"model": plan.recipe.model, "rows": plan.recipe.data or plan.recipe.task}
     if isinstance(trainer, GradESTrainerMixin):
         engine = trainer.grades_callback.engine
         assert engine is not None
@@ -252,9 +256,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         trainer = build(plan, plan.grades, output)
         with dry_run.quiet() if plan.recipe.dry_run else contextlib.nullcontext():
             results = run(plan, trainer)
-        lines = tell(results)
-        if plan.recipe.compare and plan.grades is not None:
-            lines += ["", *side_by_side(results, run(plan, build(plan, None, output / "without")))]
+            lines = tell(results)
+            if plan.recipe.compare and plan.grades is not None:
+                lines += ["", *side_by_side(results, run(plan, build(plan, None, output / "without")))]
     if trainer.is_world_process_zero():
         sys.stdout.write("\n".join(["", *lines, f"The model and its records are in {output}.", ""]))
     return results

@@ -11,7 +11,7 @@ import pytest
 from trl import ModelConfig, SFTConfig
 
 from grades_hf import GradESConfig
-from recipes.arguments import RENAMED, GradESArguments, command, grades_config, option, parse, thresholds
+from recipes.arguments import RENAMED, GradESArguments, check_bits, command, grades_config, option, parse, thresholds
 from tests.small import llama
 
 
@@ -146,6 +146,24 @@ def test_thresholds_of_a_model() -> None:
     with pytest.raises(ValueError, match="vision"):
         thresholds(model, GradESConfig(tau={"vision": 1.0}))
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--load_in_4bit", "true"], "load_in_4bit=True and use_peft=False: such weights cannot be trained"),
+        (["--load_in_8bit", "true", "--use_peft", "true"], r"needs bitsandbytes: pip install 'grades-hf\[bnb\]'"),
+        (["--load_in_4bit", "true", "--use_peft", "true"], "load_in_4bit=True needs an accelerator"),
+    ],
+)
+def test_few_bits_are_refused_where_they_cannot_be(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model, *_ = parsed(*options)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "accelerator" in message or None)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        check_bits(model, dry_run=False)
 
 
 def test_an_error_is_one_line_of_one_process(

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from grades_hf import History
+from grades_hf.report.page import load_runs
 from recipes import finetune
 
 from .rows import siqa_dir, write_jsonl
@@ -57,6 +58,7 @@ def test_a_run_on_rows_of_ones_own(config: list[str], tmp_path: Path, capsys: py
         f"after training.\nThe model and its records are in {output}.",
     ):
         assert line in shown
+    assert load_runs([output])[0].model == results["sources"]["model"]
     base = AutoModelForCausalLM.from_pretrained(finetune.prepare(config).location)
     adapted = PeftModel.from_pretrained(base, output)
     assert any(parameter.any() for name, parameter in adapted.named_parameters() if "lora_B" in name)
@@ -162,6 +164,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(config: list[str], tmp_path: P
         (["--tau", "0"], "tau=0 must be a finite number greater than 0"),
         (["--data", "/nowhere"], "data='/nowhere' is no file or directory"),
         (["--model", "/nowhere"], "model='/nowhere' is no directory"),
+        (["--test_rows", "0"], "test_rows=0 must be 1 or more"),
         (["--max_length", "2"], "max_length=2 leaves no answer in any of the train rows"),
         (["--tau", '{"attention": 1.0}'], "without a threshold"),
         (["--tau", '{"attention": 1.0, "mlp": 1.0, "vision": 1.0}'], "'vision'"),
