@@ -145,15 +145,24 @@ def fitting(grades: GradESConfig, trainer: Any) -> GradESConfig:
     """The options with thresholds that fit the small model: about half of the matrices fall below theirs.
 
     The statistic of a small random model has another size than that of the real one. So its values are recorded in a
-    run that freezes nothing, and all thresholds are multiplied by the same number.
+    run that freezes nothing, and all thresholds are multiplied by the same number: the median of how low the matrices
+    get, after the grace period and for as many checks as `patience` asks for, in proportion to their thresholds.
     """
     tau = thresholds(trainer.model, grades)
     trainer.grades_callback.config = dataclasses.replace(grades, tau=torch.finfo(torch.float64).tiny)
     with hushed(), quiet():
         trainer.train()
     history: History = trainer.grades_callback.engine.history
-    ratios = [series[-1] / tau[name] for name, series in history.values.items() if math.isfinite(series[-1])]
-    factor = statistics.median(ratios)
+    free = sum(step <= history.t_grace for step in history.steps)  # checks at which nothing may freeze
+    lows = []
+    for name, series in history.values.items():
+        runs = [series[at : at + grades.patience] for at in range(free, len(series) - grades.patience + 1)]
+        lows.append(min((max(run) / tau[name] for run in runs if all(map(math.isfinite, run))), default=math.inf))
+    lows = [low for low in lows if math.isfinite(low)]
+    if not lows:
+        logger.info("In %d steps nothing can freeze: alpha, patience or check_every leave no check for it.", STEPS)
+        return grades
+    factor = statistics.median(lows)
     logger.info("A first run froze nothing, to see the values of the statistic.")
     logger.info("The thresholds are multiplied by %.3g, since the small model's gradients have another size.", factor)
     given: Any = grades.tau

@@ -157,6 +157,15 @@ def test_a_dry_run_of_an_unknown_model_takes_a_llama(
     assert "{'" not in capsys.readouterr().out  # no dictionaries of figures
 
 
+def test_a_dry_run_says_when_nothing_can_freeze(
+    data_dir: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="recipes"):
+        results = tried("qwen3_0.6b_full", tmp_path, "--data_dir", data_dir, "--task", "siqa", "--alpha", "0.99")
+    assert "nothing can freeze: alpha, patience or check_every leave no check for it" in caplog.text
+    assert results["frozen"] == {}
+
+
 def test_thresholds_that_do_not_fit_are_refused_by_a_dry_run(
     data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
