@@ -1,5 +1,6 @@
 # Each target does its own set-up in .venv; stamp files make a second call instant.
-#   make quickstart   fine-tune SmolLM2-135M-Instruct with LoRA and GradES (about ten minutes on two CPU cores)
+#   make quickstart   fine-tune SmolLM2-135M-Instruct with GradES and without, side by side (ten minutes on two CPU cores)
+#   make quickstart-paper  the same model with the paper's thresholds, matrix by matrix
 #   make test         the whole test suite
 #   make test-oldest  the same on the oldest versions that setup.cfg admits, in .venv-oldest
 #   make compatibility  the same, and docs/compatibility.md of what passed
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGING := setup.cfg pyproject.toml $(CONSTRAINTS)
 
-.PHONY: quickstart test test-oldest compatibility notebooks docs lint clean
+.PHONY: quickstart quickstart-paper test test-oldest compatibility notebooks docs lint clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -38,9 +39,14 @@ $(VENV)/dev.stamp: $(PACKAGING) $(VENV)/torch.stamp
 	$(PIP) install -c $(CONSTRAINTS) -e '.[recipes,dev]'
 	touch $@ $(VENV)/recipes.stamp
 
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes $(NUM_PROCESSES) --num_machines 1 --mixed_precision no \
+  --dynamo_backend no
+
 quickstart: $(VENV)/recipes.stamp
-	$(BIN)/accelerate launch --num_processes $(NUM_PROCESSES) --num_machines 1 --mixed_precision no \
-	  --dynamo_backend no recipes/finetune.py --config recipes/configs/quickstart.yaml
+	$(LAUNCH) recipes/finetune.py --config recipes/configs/quickstart.yaml
+
+quickstart-paper: $(VENV)/recipes.stamp
+	$(LAUNCH) recipes/finetune.py --config recipes/configs/quickstart_paper.yaml
 
 test: $(VENV)/dev.stamp
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \

@@ -19,6 +19,7 @@ import io
 import json
 import logging
 import multiprocessing
+import sys
 import tempfile
 import time
 import warnings
@@ -32,15 +33,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from benchmarks.arms import peer_callback
 from benchmarks.common import RESULTS, say, write
+from benchmarks.costs import costs
+from benchmarks.flops import FlopCounterCallback, compute
+from benchmarks.internals import Costs, FlopCounter, suggest
 from grades_hf import GradES, GradESCallback, GradESConfig
-from grades_hf.flops import FlopCounter
-from grades_hf.suggest import Costs, suggest
-from recipes.arguments import NO_TAU, ArmArguments
-from recipes.arms import peer_callback
-from recipes.costs import costs
-from recipes.data import find_task, load_split
-from recipes.flops import FlopCounterCallback, compute
+from recipes.tasks.formats import TASKS
+from recipes.tasks.rows import splits
 
 STEPS, BATCH, LENGTH = 200, 8, 64
 BASE_RATE = 1e-3  # with LoRA five times that
@@ -260,8 +260,8 @@ def _callbacks(
         return [FlopCounterCallback()], None, None
     assert job.thresholds is not None
     if job.arm == "peer":
-        arguments = ArmArguments(peer_tau=job.thresholds["peer_tau"])
-        return [FlopCounterCallback(), peer_callback(arguments, GradESConfig(tau=1, alpha=ALPHA), folder)], None, None
+        peer = peer_callback(job.thresholds["peer_tau"], GradESConfig(tau=1, alpha=ALPHA), folder)
+        return [FlopCounterCallback(), peer], None, None
     options = CANDIDATES[job.arm]
     grades = GradESCallback(**options, **({"tau": job.thresholds["tau"]} if job.arm == "threshold" else {}))
     return [grades], grades, None
@@ -308,7 +308,7 @@ def thresholds(job: Job, setting: Confounder, model: nn.Module, training: Tensor
     """tau for this package and for `grades`, as `grades-hf suggest` finds them in runs that freeze nothing."""
     found: dict[str, Any] = {}
     for name, by, monitor in (("tau", "projection", "auto"), ("peer_tau", "all", "weight_change")):
-        grades = GradESCallback(tau=NO_TAU, alpha=ALPHA, monitor=monitor)
+        grades = GradESCallback(tau=sys.float_info.min, alpha=ALPHA, monitor=monitor)
         model = build(job, setting)
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             make_trainer(job, setting, model, training, STEPS, [grades], folder).train()
@@ -395,8 +395,8 @@ def pack(model: str, data: str, split: str, length: int) -> Tensor:
     """The rows of the benchmarks, one after another, in sequences that are in random order."""
     tokenizer, parts = AutoTokenizer.from_pretrained(model), []
     for name in TEXTS:
-        task, ids = find_task(name), []
-        for row in load_split(task, split, data).rows:
+        task, ids = TASKS[name], []
+        for row in splits(task, data)[split]:
             question = task.format(row)
             text = f"{question['prompt']} {question['choices'][question['answer']]}"
             ids += [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]

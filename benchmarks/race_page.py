@@ -10,10 +10,10 @@ from typing import Any
 
 import altair as alt
 
+from benchmarks.arms import MIN_DELTA, PATIENCE
 from benchmarks.race import CANDIDATES, CONFOUNDERS, EVERY, REGIMES, STEPS, STOPS
 from grades_hf import GradESConfig
 from grades_hf.report.plots import save_chart, theme
-from recipes.arms import MIN_DELTA, PATIENCE
 
 Row = dict[str, Any]
 LABELS = {"full": "all weights", "lora": "LoRA"}

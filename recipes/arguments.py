@@ -1,296 +1,161 @@
-"""Command-line and YAML arguments: dataclasses for transformers' HfArgumentParser, one flat namespace.
-
-A YAML file holds `name: value` pairs; each is read as if it stood on the command line, so both go through the same
-checks, and what stands on the command line wins. GradES's arguments are the fields of `GradESConfig`.
-"""
+"""What the recipes share: arguments on the command line or in a YAML file, those of GradES among them, and errors."""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
-import inspect
-import itertools
 import json
-import re
+import logging
+import os
 import sys
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
+import datasets
 import torch
+import transformers
 import yaml
-from peft import LoraConfig
-from transformers import HfArgumentParser
+from trl import TrlParser
 
-from grades_hf import GradESConfig
-from grades_hf.config import CRITERIA
-
-
-def _argument(help: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class ModelArguments:
-    """What is fine-tuned, and how."""
-
-    model: str = _argument(
-        "Local directory or hub id of a causal language model.", "HuggingFaceTB/SmolLM2-135M-Instruct"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _argument("Type of the weights; auto: as saved.", "auto")
-    method: Literal["full", "lora"] = _argument("Train all weights, or LoRA adapters.", "lora")
-    lora_r: int = _argument("Rank of the adapters.", 16)
-    lora_alpha: int = _argument("Scale of the adapters: their product is multiplied by lora_alpha / lora_r.", 32)
-    lora_dropout: float = _argument("Dropout before the adapters.", 0.0)
-    lora_target_modules: str = _argument(
-        "What gets an adapter, by PEFT's conventions: all-linear, a regular expression, or a list of names as JSON.",
-        "all-linear",
-    )
-    load_in_4bit: bool = _argument(
-        "Hold the base's linear layers in 4 bits (bitsandbytes, NF4), for --method lora.", False
-    )
-
-    def check(self) -> None:
-        """Refuse what cannot work.
-
-        Raises:
-            ValueError: an option of the adapters cannot be, or 4-bit weights cannot be had or trained.
-        """
-        if self.method == "lora":
-            self.lora_config()
-        if self.load_in_4bit and self.method == "full":
-            raise ValueError(
-                "load_in_4bit=True and method='full': weights in 4 bits cannot be trained. Pass --method lora, or "
-                "leave load_in_4bit out."
-            )
-        if self.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError("load_in_4bit=True needs bitsandbytes: pip install 'grades-hf[bnb]'.")
-        if self.load_in_4bit and not torch.accelerator.is_available():
-            raise ValueError(
-                "load_in_4bit=True needs an accelerator: on a CPU, bitsandbytes 0.50 repacks the weights at the first "
-                "evaluation, and no gradient flows through them any more. Leave it out."
-            )
-
-    def lora_config(self) -> LoraConfig:
-        """The adapters as PEFT's config."""
-        return LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=names(self.lora_target_modules),
-            task_type="CAUSAL_LM",
-        )
-
-
-@dataclass
-class DataArguments:
-    """What it is fine-tuned on."""
-
-    task: str = _argument("Benchmark, or several mixed (siqa,boolq): names in recipes/tasks/formats.py.", "siqa")
-    objective: Literal["answer", "text"] = _argument(
-        "What is learned: the answer, or prompt and answer alike as plain text.", "answer"
-    )
-    data_dir: str | None = _argument(
-        "Directory with <task>/<split>.jsonl.gz (or .jsonl, .json, .parquet); default: the hub."
-    )
-    train_split: str = _argument("Split to train on.", "train")
-    train_samples: int | None = _argument("Number of rows to train on, of all tasks together; default: all.")
-    holdout_samples: int = _argument("Training rows set aside for evaluations during training (eval_strategy).", 0)
-    max_length: int = _argument("Tokens a row; longer prompts lose their beginning.", 1024)
-
-
-@dataclass
-class EvaluationArguments:
-    """How its quality is measured."""
-
-    measure: Literal["accuracy", "loss", "both"] = _argument(
-        "Quality: accuracy by lm-evaluation-harness, the mean loss a token on the same rows, or both.", "accuracy"
-    )
-    eval_split: str = _argument("Split to measure the quality on.", "validation")
-    eval_samples: int | None = _argument("Number of rows of each task, the same ones for every seed; default: all.")
-    evaluate_before: bool = _argument("Measure the quality before training.", True)
-    evaluate_after: bool = _argument("Measure the quality after training.", True)
-
-
-ARMS = ("grades", "none", "es", "stop", "short", "peer")
-
-
-@dataclass
-class ArmArguments:
-    """Which of the ways of training that are compared, see `recipes/arms.py`."""
-
-    arm: str | None = _argument(
-        "grades; none: all steps, nothing frozen; es: early stopping by validation loss; stop: ends after the part "
-        "alpha of the steps; short: a schedule of that length; peer: the PyPI package grades. Default: grades, or none "
-        "with --no_grades."
-    )
-    restore_best: bool = _argument("Arm es: end with the weights of the lowest validation loss.", True)
-    peer_tau: float | None = _argument("Arm peer: its threshold, on the L1 norm of a matrix's weight change.")
-    observe: bool = _argument("Freeze nothing, but record every value, for `grades-hf suggest`.", False)
-    dry_run: bool = _argument(
-        "Two steps of a small random model of the same architecture, without download, into OUTPUT_DIR/dry_run.", False
-    )
-
-    def name(self, grades: bool) -> str:
-        """The arm.
-
-        Args:
-            grades: What `--grades` says.
-
-        Raises:
-            ValueError: it is unknown, or lacks or contradicts another argument.
-        """
-        arm = self.arm or ("grades" if grades else "none")
-        if arm not in ARMS:
-            raise ValueError(f"arm={arm!r} is unknown; use one of {', '.join(ARMS)}.")
-        if arm == "grades" and not grades:
-            raise ValueError("arm='grades' contradicts grades=False; drop one of them.")
-        if arm == "peer" and self.peer_tau is None:
-            raise ValueError(
-                "peer_tau is missing: pass --peer_tau NUMBER. Its scale is that of --monitor weight_change, so "
-                "--observe --monitor weight_change shows which values occur."
-            )
-        if self.observe and arm != "grades":
-            raise ValueError(f"observe=True records GradES's statistic; it does not go together with arm={arm!r}.")
-        return arm
-
+from grades_hf import GradES, GradESConfig
 
 RENAMED = {"target_modules": "freeze_target_modules", "exclude_modules": "freeze_exclude_modules"}
+PLAIN = (bool, int, float, str, int | None, float | None, str | None)
 
 
-def _grades_help() -> dict[str, str]:
-    """The text of each argument in GradESConfig's docstring: whole sentences of its first paragraph."""
-    parts = re.split(r"\n {4}(\w+): ", inspect.getdoc(GradESConfig) or "")
-    texts = (" ".join(text.split("\n\n")[0].split()) for text in parts[2::2])
-    sentences = (text[: text.rfind(". ") + 1] if not text.endswith(".") else text for text in texts)
-    return {name: text.replace("%", "%%") for name, text in zip(parts[1::2], sentences, strict=True)}
+def option(default: Any, help: str) -> Any:
+    """A field of a dataclass of arguments, with its help text."""
+    return dataclasses.field(default=default, metadata={"help": help.replace("%", "%%")})
 
 
-def _grades_fields() -> list[tuple[str, Any, Any]]:
-    """GradESConfig's fields as HfArgumentParser takes them.
-
-    A number or None as that number, any other union (number or mapping, list or string) as a string.
-    """
-    hints, help = typing.get_type_hints(GradESConfig), _grades_help()
-    fields = []
-    for option in dataclasses.fields(GradESConfig):
-        kind = hints[option.name]
-        kind = kind if isinstance(kind, type) or kind in (int | None, float | None) else str | None
-        default = None if option.default is dataclasses.MISSING else option.default
-        fields.append((RENAMED.get(option.name, option.name), kind, _argument(help.get(option.name, ""), default)))
-    return fields
+def _grades_fields() -> list[Any]:
+    """The options of GradESConfig as arguments; a value that has more than one type is written as JSON."""
+    hints = typing.get_type_hints(GradESConfig)
+    fields: list[Any] = [("grades", bool, option(True, "Use GradES. With false it is TRL's SFTTrainer alone."))]
+    for item in dataclasses.fields(GradESConfig):
+        kind = hints[item.name] if hints[item.name] in PLAIN else str | None
+        default = None if item.default is dataclasses.MISSING else item.default
+        text = item.metadata.get("help", f"The option {item.name} of GradESConfig.")
+        fields.append((RENAMED.get(item.name, item.name), kind, option(default, text)))
+    observe = option(False, "Freeze nothing, but record every value, for `grades-hf suggest`.")
+    return [*fields, ("observe", bool, observe)]
 
 
-GradESArguments = dataclasses.make_dataclass(
-    "GradESArguments",
-    [
-        (
-            "grades",
-            bool,
-            _argument("Freeze weight matrices, and end training, by their gradients.", True),
-        )
-    ]
-    + _grades_fields(),
-)
-GradESArguments.__doc__ = "When a matrix is frozen: GradESConfig's options, its modules under `freeze_...`."
+GradESArguments = dataclasses.make_dataclass("GradESArguments", _grades_fields())
+GradESArguments.__doc__ = "What GradES does: the options of GradESConfig."
 
 
-# Below every value that a sum of gradients can have, so nothing freezes.
-NO_TAU = sys.float_info.min
-
-
-def grades_config(arguments: Any, *, observe: bool = False) -> GradESConfig | None:
-    """GradES's options out of its arguments; None where `grades` is false.
-
-    Args:
-        arguments: GradESArguments.
-        observe: With a tau that nothing falls below, whatever the criterion and its options say.
+def grades_config(arguments: Any) -> GradESConfig | None:
+    """The options of GradES, or None where it is not used.
 
     Raises:
         ValueError: an option has a value that it cannot have.
     """
     if not arguments.grades:
         return None
-    options = {
-        option.name: getattr(arguments, RENAMED.get(option.name, option.name))
-        for option in dataclasses.fields(GradESConfig)
-    }
-    if observe:
-        rule = {"criterion", "budget", *itertools.chain(*CRITERIA.values())}
-        rule -= {"patience"}  # which `suggest` replays with
-        options = {name: value for name, value in options.items() if name not in rule} | {"tau": NO_TAU}
-    elif options["tau"] is not None:
-        options["tau"] = _threshold(options["tau"])
-    for name in RENAMED:
-        options[name] = names(options[name])
+    options = {}
+    for item in dataclasses.fields(GradESConfig):
+        value = options[item.name] = getattr(arguments, RENAMED.get(item.name, item.name))
+        if isinstance(value, str):
+            with contextlib.suppress(json.JSONDecodeError):  # a word, or a regular expression
+                options[item.name] = json.loads(value)
+    if arguments.observe:
+        options["tau"] = sys.float_info.min  # nothing falls below it
     return GradESConfig(**options)
 
 
-def parse(types: Sequence[Any], argv: Sequence[str], description: str | None = None) -> tuple[Any, ...]:
-    """One instance of each dataclass, from `--config FILE.yaml` and the other arguments in `argv`.
+def parse(types: tuple[Any, ...], argv: list[str], description: str) -> tuple[Any, ...]:
+    """One instance of each dataclass, from the command line and the file behind `--config`; the command line wins.
 
     Raises:
-        ValueError: an argument or a key of the YAML file is unknown, or the file is no YAML mapping.
+        ValueError: an argument is unknown, or the file cannot be read.
         SystemExit: a value has the wrong type, or help was asked for (as argparse does).
     """
-    parser: Any = HfArgumentParser(types, allow_abbrev=False, description=description)
-    parser.add_argument("--config", metavar="FILE.yaml", help="Arguments as a YAML mapping; the command line wins.")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    config, rest = first.parse_known_args(argv)
-    known = {option.name: option.type for kind in types for option in dataclasses.fields(kind) if option.init}
-    argv = [*(_read_yaml(config.config, known) if config.config else []), *rest]
-    *parsed, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    usage = "%(prog)s [--config FILE.yaml] [--argument value ...]; --help lists all arguments"
+    parser: Any = TrlParser(types, allow_abbrev=False, usage=usage, description=description)
+    parser.add_argument("--config", metavar="FILE.yaml", help="Arguments as YAML; the command line wins.")
+    if not torch.accelerator.is_available():  # the defaults of TRL are made for a GPU
+        parser.set_defaults(use_cpu=True, bf16=False, dataloader_pin_memory=False)
+        parser.set_defaults(activation_checkpointing=False, gradient_checkpointing=False)  # the new name and the old
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    try:
+        *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"the file behind --config cannot be read: {error}. Check its path and its YAML.") from error
     if unknown:
-        name = unknown[0].split("=")[0]
-        raise ValueError(f"the argument {unknown[0]!r} is unknown.{_hint(name.lstrip('-'), known, '--')}")
+        name = unknown[0].split("=")[0].lstrip("-")
+        close = difflib.get_close_matches(name, [action.dest for action in parser._actions], n=1)
+        hint = f"Did you mean --{close[0]}?" if close else "--help lists all arguments."
+        raise ValueError(f"the argument {unknown[0]!r} is unknown. {hint}")
     return tuple(parsed[: len(types)])
 
 
-def _read_yaml(path: str, known: Mapping[str, Any]) -> list[str]:
-    """The pairs of a YAML file, as command-line arguments."""
+def check_bits(model: Any, dry_run: bool) -> None:
+    """Refuse a base in 4 or 8 bits where it cannot be; `model` is TRL's ModelConfig.
+
+    Raises:
+        ValueError: all weights shall be trained, or a package or an accelerator is missing.
+    """
+    name = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+    if not getattr(model, name):
+        return
+    if not model.use_peft:
+        raise ValueError(f"{name}=True and use_peft=False: such weights cannot be trained. Pass --use_peft true.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"{name}=True needs bitsandbytes: pip install 'grades-hf[bnb]'.")
+    if not torch.accelerator.is_available() and not dry_run:
+        raise ValueError(
+            f"{name}=True needs an accelerator: on a CPU bitsandbytes repacks the weights at the first evaluation, and "
+            "no gradient flows through them any more. Leave it out."
+        )
+
+
+def thresholds(model: Any, grades: GradESConfig) -> dict[str, float]:
+    """The threshold of each matrix.
+
+    Raises:
+        ValueError: the thresholds do not fit the model.
+    """
+    with hushed():  # the engine of the run says the same
+        engine = GradES(model, grades, total_steps=1)
+    engine.close()
+    return {component["name"]: component["tau"] for component in engine.history.components}
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """GradES says nothing but warnings."""
+    logger = logging.getLogger("grades_hf")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        pairs = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config={path!r} cannot be read: {error}") from error
-    if not isinstance(pairs, dict):
-        raise ValueError(f"config={path!r} must hold `name: value` pairs, one a line.")
-    argv = []
-    for key, value in pairs.items():
-        if key not in known:
-            raise ValueError(f"{path}: the key {key!r} is unknown.{_hint(str(key), known)}")
-        if value is None:
-            continue
-        if isinstance(value, list) and typing.get_origin(known[key]) is list:
-            argv += [f"--{key}", *map(str, value)]
-        else:
-            argv.append(f"--{key}={json.dumps(value) if isinstance(value, (dict, list)) else value}")
-    return argv
+        yield
+    finally:
+        logger.setLevel(level)
 
 
-def _hint(name: str, known: Mapping[str, Any], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {prefix}{close[0]}?" if close else " --help lists them all."
+@contextlib.contextmanager
+def command(script: str) -> Iterator[None]:
+    """Around a command: its log lines, all cores of a CPU, and a ValueError as one line and exit status 2.
 
-
-def names(text: str | None) -> list[str] | str | None:
-    """A list of names written as JSON, or a name or regular expression as it is."""
-    if text is not None and text.startswith("["):
-        try:
-            return typing.cast("list[str]", json.loads(text))
-        except json.JSONDecodeError:  # a regular expression may start with a bracket too
-            pass
-    return text
-
-
-def _threshold(text: str) -> Any:
-    """tau as a number, or as the mapping that a JSON string holds; what is neither stays for GradESConfig to refuse."""
+    `accelerate launch` by itself gives one thread to a process that trains on a CPU.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in ("recipes", "grades_hf"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)  # of TRL and PEFT
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone and not torch.accelerator.is_available() and torch.get_num_threads() == 1:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     try:
-        return json.loads(text) if text.lstrip().startswith("{") else float(text)
-    except ValueError:
-        return text
+        yield
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            sys.stderr.write(f"{script}: error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None

@@ -1,429 +1,267 @@
-"""Fine-tune a causal language model on benchmarks, with GradES deciding when each weight matrix has learned enough.
+"""Fine-tune a language model on your own rows or on benchmarks; GradES freezes weight matrices or ends the run early.
 
-    accelerate launch recipes/finetune.py --config recipes/configs/quickstart.yaml [--argument value ...]
-    python recipes/finetune.py --help
+    accelerate launch --quiet recipes/finetune.py --data my.jsonl --model NAME --output_dir runs/mine [--use_peft true]
+    accelerate launch --quiet recipes/finetune.py --config recipes/configs/quickstart.yaml [--argument value ...]
 
-`--arm` trains in one of the other ways that GradES is compared with (`recipes/arms.py`), `--observe` records a run
-without freezing, `--dry_run` shows in seconds whether everything fits together.
-
-Everything that can be refused is refused before the model is loaded, and before anything is written. What a run leaves
-in `output_dir`: the adapter or model with its tokenizer, `grades_history.json`, `results.json` (all numbers),
-`summary.md` (the same for people) and `grades.png`.
+A row has `prompt` and `completion`, or `messages`, or `text`. All arguments of TRL's SFTConfig and ModelConfig work,
+too. `--dry_run` shows in less than a minute whether everything fits together. A run leaves in `output_dir` the
+model or adapter with its tokenizer, `grades_history.json` and `results.json`.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import copy
 import json
 import logging
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: in recipes/, evaluate.py would hide the library of the same name
+if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: CPU threads that wait do not keep a core busy
 
-import datasets
-import torch
-from peft import get_peft_model, prepare_model_for_kbit_training
-from rich.console import Console
-from rich.table import Table
-from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from datasets import Dataset
+from transformers import AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from grades_hf import GradESConfig, History, find_components
-from grades_hf.criteria import assign_thresholds
-from grades_hf.report import plot_run, summarize, table_rows, to_markdown
-from recipes.arguments import (
-    ArmArguments,
-    DataArguments,
-    EvaluationArguments,
-    GradESArguments,
-    ModelArguments,
-    grades_config,
-    names,
-    parse,
-)
-from recipes.arms import ArmTrainer, GradESArmTrainer, make_trainer, peer_summary, set_up, unfinished
-from recipes.console import configure_logging, use_all_cores
-from recipes.costs import costs
-from recipes.data import Rows, Split, evaluation_rows, find_tasks, load_split, mark, mixed, training_rows
-from recipes.dry_run import write_small_model
-from recipes.evaluate import evaluate, held_out_loss, mean_scores
-from recipes.examples import encode
-from recipes.flops import FlopCounterCallback, compute
-from recipes.models import load_model, load_tokenizer, locate_model
-from recipes.tasks.formats import Task
+from grades_hf import GradESConfig, GradESTrainerMixin
+from recipes import dry_run, pypi
+from recipes.arguments import GradESArguments, check_bits, command, grades_config, option, parse, thresholds
+from recipes.results import side_by_side, tell
+from recipes.tasks import accuracy, rows
 
 logger = logging.getLogger("recipes.finetune")
 
 
-@dataclasses.dataclass
-class Plan:
-    """A run whose arguments, files and data have been checked: nothing is loaded or written yet.
+@dataclass
+class RecipeArguments(rows.DataArguments):
+    """What is fine-tuned, and how the result is measured."""
 
-    `task` is the benchmark, or the mixture of several; `train` and `holdout` are its rows to train on and to evaluate
-    on during training, `tests` the rows of each benchmark to measure the quality on. `location` is what
-    `from_pretrained` takes; `sources` says where model and rows come from.
-    """
-
-    model: ModelArguments
-    data: DataArguments
-    evaluation: EvaluationArguments
-    training: TrainingArguments
-    freezing: Any
-    arms: ArmArguments
-    arm: str
-    grades: GradESConfig | None
-    task: Task
-    train: Rows
-    holdout: Rows
-    tests: dict[str, Rows]
-    location: str
-    sources: dict[str, str]
-    output: Path
-
-    @property
-    def test(self) -> Rows:
-        """The rows to measure the quality on, of the only benchmark.
-
-        Raises:
-            ValueError: there are several.
-        """
-        if len(self.tests) > 1:
-            raise ValueError(f"task={self.data.task!r} names several benchmarks; pass one.")
-        return next(iter(self.tests.values()))
-
-
-DRY_STEPS, DRY_ROWS, DRY_TOKENS = 2, 8, 64
-
-
-def prepare(argv: list[str], checkpoint_file: str = "trainer_state.json") -> Plan:
-    """Parse the arguments, read the rows, find the model.
-
-    Args:
-        argv: The command line.
-        checkpoint_file: What a directory must hold to be a checkpoint.
-
-    Raises:
-        ValueError: anything that cannot work; names the argument, its value and the remedy.
-    """
-    types = (ModelArguments, DataArguments, GradESArguments, EvaluationArguments, ArmArguments, TrainingArguments)
-    if "--dry_run" in argv and not torch.accelerator.is_available():
-        argv = [*argv, "--use_cpu", "true"]  # else transformers refuses bf16
-    parsed = parse(types, argv, description=(__doc__ or "").split("\n\n")[0])
-    model, data, freezing, evaluation, arms, training = parsed
-    arm = arms.name(freezing.grades)
-    grades = grades_config(freezing, observe=arms.observe) if arm == "grades" else None
-    model.check()
-    if arms.dry_run:
-        _shorten(data, training)
-    set_up(arm, arms, training, alpha=freezing.alpha, holdout_samples=data.holdout_samples)
-    output = Path(training.output_dir or "")
-    _check_output_dir(output)
-    resume = training.resume_from_checkpoint
-    if resume is not None and resume.lower() in ("true", "false"):
-        training.resume_from_checkpoint = resume = True if resume.lower() == "true" else None
-    if isinstance(resume, str) and not Path(resume, checkpoint_file).is_file():
-        raise ValueError(
-            f"resume_from_checkpoint={resume!r} holds no {checkpoint_file}; pass a checkpoint-N directory."
-        )
-    evaluates = training.eval_strategy != IntervalStrategy.NO
-    if evaluates and data.holdout_samples < 1:
-        raise ValueError(
-            f"eval_strategy={training.eval_strategy.value!r} needs rows: set holdout_samples, the number of training "
-            "rows to set aside for it."
-        )
-    if data.train_split == evaluation.eval_split:
-        raise ValueError(
-            f"train_split and eval_split are both {data.train_split!r}; the accuracy must be measured on other rows "
-            "than those that are trained on."
-        )
-    listed = names(data.task) or ""
-    tasks = find_tasks(listed if isinstance(listed, list) else [name.strip() for name in listed.split(",")])
-    train_splits = [load_split(task, data.train_split, data.data_dir) for task in tasks]
-    test_splits = [load_split(task, evaluation.eval_split, data.data_dir) for task in tasks]
-    if arms.dry_run:
-        evaluation.eval_samples = min(DRY_ROWS, *(len(split.rows) for split in test_splits))
-    tests = {
-        task.name: evaluation_rows(split, evaluation.eval_samples)
-        for task, split in zip(tasks, test_splits, strict=True)
-    }
-    seed = training.seed if training.data_seed is None else training.data_seed
-    wanted = None if data.train_samples is None else data.train_samples + data.holdout_samples
-    train_split, test_split = (_together(tasks, splits) for splits in (train_splits, test_splits))
-    rows = training_rows(mixed(tasks), train_split, test_split, wanted, seed)
-    if not 0 <= data.holdout_samples < len(rows):
-        raise ValueError(f"holdout_samples={data.holdout_samples} must be between 0 and {len(rows) - 1}.")
-    location, source = ("", f"random, small, shaped like {model.model}") if arms.dry_run else locate_model(model.model)
-    return Plan(
-        model, data, evaluation, training, freezing, arms, arm, grades, mixed(tasks),
-        train=rows[data.holdout_samples :],
-        holdout=rows[: data.holdout_samples],
-        tests=tests,
-        location=location,
-        sources={"model": source, "training rows": train_split.source, "evaluation rows": test_split.source},
-        output=output,
-    )  # fmt: skip
-
-
-def _together(tasks: list[Task], splits: list[Split]) -> Split:
-    """The same split of several benchmarks as one, for `mixed(tasks)`."""
-    if len(tasks) == 1:
-        return splits[0]
-    rows = [row for task, split in zip(tasks, splits, strict=True) for row in mark(task, split.rows)]
-    return Split(rows, ", ".join(split.source for split in splits))
-
-
-def _shorten(data: DataArguments, training: TrainingArguments) -> None:
-    """The arguments of a dry run: two steps on a few short rows, in a directory of its own, nothing reported."""
-    training.output_dir = str(Path(training.output_dir or "") / "dry_run")
-    training.max_steps, training.logging_steps = DRY_STEPS, 1
-    training.save_strategy, training.report_to = SaveStrategy.NO, []
-    training.per_device_train_batch_size = min(training.per_device_train_batch_size, 2)
-    training.per_device_eval_batch_size = min(training.per_device_eval_batch_size, 2)
-    training.gradient_accumulation_steps = min(training.gradient_accumulation_steps, 2)
-    data.max_length, data.train_samples = min(data.max_length, DRY_TOKENS), DRY_ROWS
-    data.holdout_samples = min(data.holdout_samples, DRY_ROWS)
-
-
-def build(plan: Plan) -> ArmTrainer | GradESArmTrainer:
-    """Load the model and set up its trainer.
-
-    Raises:
-        ValueError: an option that does not fit this model: a threshold or a pattern that matches nothing, for example.
-    """
-    for what, source in plan.sources.items():
-        logger.info("%s: %s", what, source)
-    if plan.arms.dry_run:
-        texts = [part for row in plan.train for part in (plan.task.prompt(row), *plan.task.choices(row))]
-        plan.location = write_small_model(plan.model.model, texts, plan.model.dtype, plan.output / "model")
-    tokenizer = load_tokenizer(plan.location)
-    train = encode(plan.task, plan.train, tokenizer, plan.data.max_length, plan.data.objective)
-    holdout = encode(plan.task, plan.holdout, tokenizer, plan.data.max_length, plan.data.objective)
-    model: Any = load_model(plan.location, plan.model.dtype, plan.model.load_in_4bit)
-    set_seed(plan.training.seed)
-    if plan.model.load_in_4bit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=plan.training.gradient_checkpointing)
-    if plan.model.method == "lora":
-        model = get_peft_model(model, plan.model.lora_config())
-    if plan.grades is not None:  # its thresholds fit this model: better refused now than after the first evaluation
-        assign_thresholds(find_components(model, plan.grades), plan.grades.tau)
-
-    if not torch.accelerator.is_available():
-        plan.training.dataloader_pin_memory = False
-    options: dict[str, Any] = {
-        "model": model,
-        "args": plan.training,
-        "train_dataset": datasets.Dataset.from_list(train),
-        "eval_dataset": datasets.Dataset.from_list(holdout) if holdout else None,
-        "data_collator": DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
-        "processing_class": tokenizer,
-    }
-    trainer = make_trainer(plan.arm, options, plan.arms, plan.grades, plan.freezing)
-    if plan.training.resume_from_checkpoint is not None:
-        steps = plan.training.max_steps if plan.training.max_steps > 0 else trainer.planned_steps
-        plan.training.resume_from_checkpoint = _resumable(plan, steps)
-    return trainer
-
-
-def run(plan: Plan, trainer: ArmTrainer | GradESArmTrainer) -> dict[str, Any]:
-    """Evaluate, train, evaluate, report; returns what `results.json` holds."""
-    model: Any = trainer.model
-    tokenizer: Any = trainer.processing_class
-    output = plan.output
-    seconds = {"training": 0.0, "evaluation": 0.0}
-    number = sum(len(rows) for rows in plan.tests.values())
-    scores: dict[str, Any] = {"task": plan.task.name, "rows": number}
-
-    def measure(when: str) -> None:
-        measured = plan.evaluation.measure
-        what = "Accuracy and loss" if measured == "both" else measured.capitalize()
-        logger.info("%s %s training, on %d rows of %s:", what, when, number, plan.task.name)
-        started = time.perf_counter()
-        scores[when] = mean_scores({name: _quality(plan, model, tokenizer, name) for name in plan.tests})
-        seconds["evaluation"] += time.perf_counter() - started
-
-    main_process = plan.training.process_index == 0
-    earlier = _earlier_scores(output, scores) if plan.training.resume_from_checkpoint else None
-    if earlier is not None:
-        scores["before"] = earlier
-    elif plan.evaluation.evaluate_before and main_process:
-        measure("before")
-    if main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        _write_json(output / "results.json", {"evaluation": scores})
-
-    set_seed(plan.training.seed)
-    trainer.train(resume_from_checkpoint=plan.training.resume_from_checkpoint)
-    seconds |= trainer.clock.split()
-    trainer.save_model()
-    trainer.save_state()
-    results: dict[str, Any] = {}
-    if main_process:
-        if plan.evaluation.evaluate_after:
-            measure("after")
-        results = _report(plan, trainer, scores, seconds)
-    return results
-
-
-def _quality(plan: Plan, model: Any, tokenizer: Any, task: str) -> dict[str, float]:
-    """Accuracy, loss, or both on the rows of one benchmark."""
-    rows, batch_size = plan.tests[task], plan.training.per_device_eval_batch_size
-    scores: dict[str, float] = {}
-    if plan.evaluation.measure != "loss":
-        scores |= evaluate(model, tokenizer, task, rows, batch_size)
-    if plan.evaluation.measure != "accuracy":
-        examples = encode(find_tasks([task])[0], rows, tokenizer, plan.data.max_length, plan.data.objective)
-        scores |= held_out_loss(model, tokenizer, examples, batch_size)
-    return scores
-
-
-def _report(
-    plan: Plan,
-    trainer: ArmTrainer | GradESArmTrainer,
-    scores: dict[str, Any],
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """Write results.json, summary.md and grades.png, and print the table."""
-    output = plan.output
-    steps = {"steps_run": trainer.state.global_step, "steps_planned": trainer.planned_steps}
-    if isinstance(trainer, GradESArmTrainer):
-        engine = trainer.grades_callback.engine
-        meter = engine.meter if engine is not None else None
-    else:
-        meter = next(c.meter for c in trainer.callback_handler.callbacks if isinstance(c, FlopCounterCallback))
-    used = compute(meter, trainer.planned_steps)
-    if trainer.clock.validations and trainer.clock.flops is not None:
-        used["validation"] = float(trainer.clock.flops * trainer.clock.validations)
-    extras = {"evaluation": scores, "seconds": seconds, "compute": used}
-    files = ["summary.md", "results.json"]
-    if plan.grades is None:
-        results = {**steps, **extras}
-    else:
-        history = History.load(output)
-        results = summarize(history, steps_run=steps["steps_run"], **extras)
-        plot_run(history, output / "grades.png")
-        files += ["grades_history.json", "grades.png"]
-    if plan.arm == "peer":
-        results |= peer_summary(output)
-    if plan.arms.observe and meter is not None:
-        model: Any = trainer.model
-        results["costs"] = costs(meter, model)
-    results["sources"] = plan.sources
-    results["seed"], results["arm"], results["method"] = plan.training.seed, plan.arm, plan.model.method
-    _write_json(output / "results.json", results)
-    arm = "observed" if plan.arms.observe else {"grades": "GradES"}.get(plan.arm, plan.arm)
-    title = ", ".join([plan.model.model, plan.model.method, *([] if plan.arm == "none" else [arm]), plan.task.name])
-    (output / "summary.md").write_text(to_markdown(results, title, notes=plan.sources), encoding="utf-8")
-
-    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
-    for row in table_rows(results):
-        table.add_row(*row)
-    console = Console()
-    console.print()
-    console.print(table)
-    weights = "adapter" if plan.model.method == "lora" else "model"
-    console.print(f"In {output}: {weights} and tokenizer, {', '.join(files)}", soft_wrap=True)
-    return results
-
-
-def _resumable(plan: Plan, steps: int) -> str | None:
-    """The checkpoint to resume from: the one that was chosen, or where it is the end of its run, an earlier one.
-
-    The run was interrupted after its last step, then, and takes the last steps again; from the beginning (None) if
-    there is no earlier checkpoint. A run that GradES has ended is resumed at its end, and takes no step.
-    """
-    chosen = Path(str(plan.training.resume_from_checkpoint))
-    state = json.loads((chosen / "trainer_state.json").read_text(encoding="utf-8"))
-    if unfinished(state, steps):
-        return str(chosen)
-    try:
-        return str(newest_checkpoint(chosen.parent, lambda state: unfinished(state, steps)))
-    except ValueError:
-        logger.info("%s is the end of its run, without an earlier checkpoint: training from the beginning.", chosen)
-        return None
-
-
-def newest_checkpoint(output: Path, usable: Callable[[dict[str, Any]], bool] = lambda state: True) -> Path:
-    """The newest complete checkpoint in `output`; Trainer itself takes the newest, which a crash may have cut off.
-
-    Args:
-        output: A run's directory.
-        usable: Told the content of its trainer_state.json, whether a checkpoint will do.
-
-    Raises:
-        ValueError: there is none.
-    """
-    checkpoints = {path: path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*")}
-    numbered = {path: int(number) for path, number in checkpoints.items() if number.isdecimal()}
-    for path in sorted(numbered, key=lambda path: -numbered[path]):
-        try:  # Trainer writes this file last
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
-            logger.warning("%s is incomplete (the run ended while it was written) and passed over.", path)
-            continue
-        if not usable(state):
-            continue
-        logger.info("Resuming from %s.", path)
-        return path
-    raise ValueError(
-        f"resume_from_checkpoint=True, and output_dir={str(output)!r} holds no complete checkpoint; leave it out to "
-        "start from the beginning."
+    model: str = option("HuggingFaceTB/SmolLM2-135M-Instruct", "Directory or hub id of a causal language model.")
+    test_rows: int | None = option(None, "Benchmarks: measure the accuracy on this many rows of each. Default: all.")
+    evaluate_before: bool = option(True, "Measure loss and accuracy before training, too.")
+    compare: bool = option(False, "Train a second time without GradES, and print both runs side by side.")
+    dry_run: bool = option(
+        False, "Train a few steps of a small random model of the same architecture, without any download."
     )
 
 
-def _check_output_dir(output: Path) -> None:
-    """Refuse a directory that cannot be written, without leaving a trace in one that can."""
-    existing = output.absolute()
-    while not existing.exists():
-        existing = existing.parent
+@dataclass
+class Plan:
+    """A run whose arguments and rows have been checked. Nothing is loaded into memory or written so far.
+
+    Attributes:
+        location: What `from_pretrained` takes: a directory, or a hub id.
+        tests: For each benchmark the rows that its accuracy is measured on.
+        arguments: The options of GradES as they were given.
+        more: The arguments of the types that a caller of `prepare` has added.
+    """
+
+    recipe: RecipeArguments
+    model: ModelConfig
+    training: SFTConfig
+    grades: GradESConfig | None
+    train: Dataset
+    held_out: Dataset | None
+    tests: dict[str, Dataset]
+    location: str = ""
+    arguments: Any = None
+    more: tuple[Any, ...] = ()
+
+
+def prepare(argv: list[str], *more: Any) -> Plan:
+    """Parse the arguments, read the rows, find the model.
+
+    Raises:
+        ValueError: something cannot work; the message names the argument, its value and the remedy.
+    """
+    types = (RecipeArguments, ModelConfig, SFTConfig, GradESArguments, *more)
+    recipe, model, training, arguments, *added = parse(types, argv, (__doc__ or "").split("\n")[0])
+    grades = grades_config(arguments)
+    check_bits(model, recipe.dry_run)
+    resume = training.resume_from_checkpoint
+    if resume is not None and resume.lower() in ("true", "false"):
+        exists = resume.lower() == "true" and Path(str(training.output_dir)).is_dir()
+        resume = training.resume_from_checkpoint = get_last_checkpoint(training.output_dir) if exists else None
+    # Trainer writes the first of these last, and the loop of no_trainer.py the second.
+    if resume is not None and not any(
+        Path(resume, name).is_file() for name in ("trainer_state.json", "random_states_0.pkl")
+    ):
+        raise ValueError(f"resume_from_checkpoint={resume!r} holds no complete checkpoint; pass another directory.")
+    if recipe.dry_run:
+        pypi.go_offline()
+    train, held_out, tests = rows.load(recipe, training, offline=recipe.dry_run)
+    if recipe.test_rows is not None and recipe.test_rows < 1:
+        raise ValueError(f"test_rows={recipe.test_rows} must be 1 or more; leave it out for all rows.")
+    if recipe.test_rows is not None:
+        tests = {
+            name: test.shuffle(seed=0).select(range(min(recipe.test_rows, len(test)))) for name, test in tests.items()
+        }
+    if held_out is None and grades is not None and grades.tau is None:
+        raise ValueError(
+            "held_out_rows=0, but without a tau GradES looks at the loss on held-out rows. Leave held_out_rows out, "
+            "pass eval_data, or pass a tau."
+        )
+    if held_out is None and str(training.eval_strategy.value) != "no":
+        raise ValueError(f"eval_strategy={training.eval_strategy.value!r} needs rows: pass eval_data or held_out_rows.")
+    plan = Plan(recipe, model, training, grades, train, held_out, tests, arguments=arguments, more=tuple(added))
+    if recipe.dry_run:
+        dry_run.shrink(plan)
+    else:
+        plan.location = pypi.locate_model(recipe.model)
+    return plan
+
+
+class GradESSFTTrainer(GradESTrainerMixin, SFTTrainer):
+    """TRL's SFTTrainer with GradES."""
+
+
+def build(plan: Plan, grades: GradESConfig | None, output: Path, kind: Any = None, **options: Any) -> SFTTrainer:
+    """Load the model and make its trainer.
+
+    Args:
+        plan: The run.
+        grades: The options of GradES; None: without it.
+        output: The directory of the run.
+        kind: Another class than GradESSFTTrainer or SFTTrainer.
+        options: More arguments of it.
+
+    Raises:
+        ValueError: an option does not fit the model, or no row fits.
+    """
+    training: Any = copy.copy(plan.training)
+    training.output_dir = str(output)
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir={str(output)!r} cannot be written: {error}. Pass another one.") from error
+    training.model_init_kwargs = {
+        **(training.model_init_kwargs or {}),
+        "revision": plan.model.model_revision,
+        "attn_implementation": plan.model.attn_implementation,
+        "dtype": plan.model.dtype,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(plan.location, revision=plan.model.model_revision)
+    chat = isinstance(plan.train[0].get("prompt"), list) or "messages" in plan.train.column_names
+    if chat and tokenizer.chat_template is None and training.chat_template_path is None:
+        raise ValueError(
+            f"model={plan.recipe.model!r} has no chat template, which rows with messages need. Pass "
+            "chat_template_path, an instruction-tuned model, or rows with prompt and completion."
+        )
+    if grades is not None:
+        options = {"grades": grades, **options}
+    trainer: Any = (kind or (SFTTrainer if grades is None else GradESSFTTrainer))(
+        model=plan.location,
+        args=training,
+        train_dataset=plan.train,
+        eval_dataset=plan.held_out,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(plan.model),
+        peft_config=get_peft_config(plan.model),
+        **options,
+    )
+    for name, kept in (("train", trainer.train_dataset), ("held-out", trainer.eval_dataset)):
+        if kept is not None and len(kept) == 0:
+            raise ValueError(
+                f"max_length={training.max_length} leaves no answer in any of the {name} rows: all prompts are at "
+                "least as long. Raise max_length, or shorten the prompts."
+            )
+    if grades is not None and grades.tau is not None:  # better refused now than after the first evaluation
+        thresholds(trainer.model, grades)
+    return trainer  # type: ignore[no-any-return]
 
 
-def _earlier_scores(output: Path, scores: dict[str, Any]) -> dict[str, float] | None:
-    """The accuracy before training that the interrupted run has measured on the same rows, if it got so far."""
-    file = output / "results.json"
-    if not file.is_file():
-        return None
-    evaluation = json.loads(file.read_text(encoding="utf-8")).get("evaluation", {})
-    if any(evaluation.get(key) != value for key, value in scores.items()) or "before" not in evaluation:
-        return None
-    logger.info("Accuracy before training: taken from %s.", file)
-    return dict(evaluation["before"])
+def measure(plan: Plan, trainer: Any) -> dict[str, Any]:
+    """The loss on the held-out rows, and the accuracy on the benchmarks; on the main process alone the latter."""
+    scores: dict[str, Any] = {}
+    if plan.held_out is not None:
+        scores["loss"] = trainer.evaluate()["eval_loss"]
+    if plan.tests and trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        batch_size = plan.training.per_device_eval_batch_size
+        scores |= accuracy.mean(
+            {
+                name: accuracy.measure(model, trainer.processing_class, name, test, batch_size)
+                for name, test in plan.tests.items()
+            }
+        )
+    trainer.accelerator.wait_for_everyone()
+    return scores
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    """The old file or the new one is there, never half of one."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+def run(plan: Plan, trainer: SFTTrainer) -> dict[str, Any]:
+    """Measure, train, measure, save; returns what `results.json` holds.
 
+    Raises:
+        ValueError: an option does not fit, seen before the first step.
+    """
+    clock = {"evaluation": 0.0}
+    evaluation: dict[str, Any] = {"task": "+".join(plan.tests) or "held-out rows"}
+    evaluation["rows"] = sum(map(len, plan.tests.values())) or len(plan.held_out or ())
 
-def main(argv: list[str] | None = None) -> None:
-    """The command: bad input ends it with one line and exit status 1."""
-    configure_logging()
-    use_all_cores()
+    def measured(when: str) -> None:
+        started = time.perf_counter()
+        evaluation[when] = measure(plan, trainer)
+        clock["evaluation"] += time.perf_counter() - started
+
+    if plan.recipe.evaluate_before:
+        measured("before")
+    started = time.perf_counter()
     try:
-        plan = prepare(sys.argv[1:] if argv is None else argv)
-        resume: Any = plan.training.resume_from_checkpoint
-        if resume is True:
-            plan.training.resume_from_checkpoint = str(newest_checkpoint(plan.output))
-        trainer = build(plan)
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     except ValueError as error:
-        sys.exit(f"finetune.py: error: {error}")
-    with logging_redirect_tqdm():  # lines go above a progress bar, not into it
-        run(plan, trainer)
+        if trainer.state.global_step == 0:
+            raise
+        raise RuntimeError(f"training failed after step {trainer.state.global_step}") from error
+    clock["training"] = time.perf_counter() - started
+    measured("after")
+    trainer.save_model()
+    steps = {"steps_run": trainer.state.global_step, "steps_planned": trainer.state.max_steps}
+    results: dict[str, Any] = {**steps, "evaluation": evaluation, "seconds": clock, "seed": plan.training.seed}
+    results |= {"arm": "none", "method": "lora" if plan.model.use_peft else "full"}
+    results["sources"] = {"model": plan.recipe.model, "rows": plan.recipe.data or plan.recipe.task}
+    if isinstance(trainer, GradESTrainerMixin):
+        engine = trainer.grades_callback.engine
+        assert engine is not None
+        results |= {
+            "arm": "grades",
+            "tau": plan.grades.tau if plan.grades else None,
+            "components": len(engine.components),
+            "frozen": dict(engine.frozen),
+        }
+        try:
+            savings = engine.savings()
+            saved = savings.fraction_of_planned
+            results["compute"] = {"used": savings.used, "full": savings.planned, "saved": saved}
+        except RuntimeError as error:  # compiled models are not counted
+            logger.info("%s", error)
+    if trainer.is_world_process_zero():
+        Path(str(trainer.args.output_dir), "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    return results
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """The command."""
+    with command("finetune.py"):
+        plan = prepare(sys.argv[1:] if argv is None else argv)
+        output = Path(str(plan.training.output_dir))
+        if plan.recipe.dry_run and plan.grades is not None and plan.grades.tau is not None:
+            plan.grades = dry_run.fitting(plan.grades, build(plan, plan.grades, output))
+        trainer = build(plan, plan.grades, output)
+        with dry_run.quiet() if plan.recipe.dry_run else contextlib.nullcontext():
+            results = run(plan, trainer)
+            lines = tell(results)
+            if plan.recipe.compare and plan.grades is not None:
+                lines += ["", *side_by_side(results, run(plan, build(plan, None, output / "without")))]
+    if trainer.is_world_process_zero():
+        sys.stdout.write("\n".join(["", *lines, f"The model and its records are in {output}.", ""]))
+    return results
 
 
 if __name__ == "__main__":

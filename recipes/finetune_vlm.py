@@ -1,6 +1,6 @@
 """Fine-tune a vision-language model on questions about images, with a threshold for each tower.
 
-    accelerate launch recipes/finetune_vlm.py --config recipes/configs/vlm_smolvlm.yaml --data_dir DIR
+    accelerate launch --quiet recipes/finetune_vlm.py --config recipes/configs/vlm_smolvlm.yaml --data_dir DIR
     python recipes/finetune_vlm.py --config recipes/configs/vlm_smolvlm.yaml --data_dir DIR --dry_run
 
 `data_dir` holds `train.parquet` and `validation.parquet` with the columns `image`, `question`, `answer` (easy-VQA's).
@@ -12,22 +12,16 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
-from datasets import Dataset, Image, load_dataset
-from datasets.exceptions import DatasetGenerationError
-from peft import get_peft_model
+from datasets import Dataset, Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -35,15 +29,15 @@ from transformers import (
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
     PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
     set_seed,
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from grades_hf import GradESTrainer, find_components
-from grades_hf.criteria import assign_thresholds
-from recipes.arguments import GradESArguments, ModelArguments, grades_config, parse
+from recipes import dry_run
+from recipes.arguments import GradESArguments, command, grades_config, option, parse, thresholds
+from recipes.finetune import GradESSFTTrainer
+from recipes.tasks.rows import read
 
 logger = logging.getLogger("recipes.finetune_vlm")
 
@@ -52,18 +46,17 @@ COLUMNS = ("image", "question", "answer")
 
 @dataclass
 class VisionArguments:
-    """What it is fine-tuned on."""
+    """What is fine-tuned, and on what."""
 
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Directory with train.parquet and validation.parquet."}
-    )
-    train_samples: int | None = field(default=None, metadata={"help": "Number of rows to train on; default: all."})
-    eval_samples: int = field(default=200, metadata={"help": "Number of rows to measure the accuracy on."})
-    dry_run: bool = field(default=False, metadata={"help": "Train a small random model instead, without the hub."})
+    model: str = option("HuggingFaceTB/SmolVLM-256M-Instruct", "Directory or hub id of a vision-language model.")
+    data_dir: str | None = option(None, "Directory with train.parquet and validation.parquet.")
+    train_rows: int | None = option(None, "Train on at most this many rows. Default: all.")
+    test_rows: int = option(200, "Measure the loss and the accuracy of the answers' tokens on this many rows.")
+    dry_run: bool = option(False, "Train a small random model instead, without the hub.")
 
 
-def load_rows(data_dir: str | None, split: str, samples: int | None) -> Dataset:
-    """The first rows of one split, with decoded images.
+def load_rows(data_dir: str | None, split: str, number: int | None) -> Dataset:
+    """The first rows of one split, as TRL takes them: `images`, `prompt` and `completion`.
 
     Raises:
         ValueError: the file is missing, is no parquet file or lacks a column.
@@ -73,70 +66,17 @@ def load_rows(data_dir: str | None, split: str, samples: int | None) -> Dataset:
     file = Path(data_dir) / f"{split}.parquet"
     if not file.is_file():
         raise ValueError(f"data_dir={data_dir!r} holds no {file.name}.")
-    try:
-        rows = load_dataset("parquet", data_files=str(file), split="train")
-    except DatasetGenerationError as error:
-        raise ValueError(f"{file} cannot be read as a parquet file: {error.__cause__ or error}") from error
+    rows = read(str(file))["train"]
     missing = [name for name in COLUMNS if name not in rows.column_names]
     if missing:
         raise ValueError(f"{file} lacks the column {missing[0]!r}; it has {', '.join(rows.column_names)}.")
-    if samples is not None and samples < 1:
-        raise ValueError(f"train_samples or eval_samples={samples} must be 1 or more.")
+    if number is not None and number < 1:
+        raise ValueError(f"train_rows or test_rows={number} must be 1 or more.")
     rows = rows.select_columns(list(COLUMNS)).cast_column("image", Image(mode="RGB"))
-    return rows if samples is None else rows.select(range(min(samples, len(rows))))
-
-
-class Collator:
-    """Rows to a batch: the prompt with its image as the processor writes it, then the answer, which is learned."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-        self.tokenizer = processor.tokenizer
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        encoded = [self._encode(row) for row in rows]
-        batch = {}
-        for name in encoded[0]:
-            parts = [row[name] for row in encoded]
-            if name in ("pixel_values", "pixel_attention_mask", "image_grid_thw"):
-                batch[name] = torch.cat(parts)
-            else:
-                filler = {"input_ids": self.tokenizer.pad_token_id, "labels": -100}.get(name, 0)
-                batch[name] = pad_sequence(parts, batch_first=True, padding_value=filler)
-        return batch
-
-    def _encode(self, row: dict[str, Any]) -> dict[str, torch.Tensor]:
-        content = [{"type": "image"}, {"type": "text", "text": row["question"]}]
-        prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = self.processor(text=prompt, images=[row["image"]], return_tensors="pt")
-        end = self.tokenizer.eos_token or ""
-        answer = self.tokenizer(f" {row['answer']}{end}", add_special_tokens=False)["input_ids"]
-        length = inputs["input_ids"].shape[1]
-        extra = {"input_ids": torch.tensor(answer), "attention_mask": torch.ones(len(answer), dtype=torch.long)}
-        result = {}
-        for name, value in inputs.items():
-            if value.ndim == 2 and value.shape == (1, length):
-                value = torch.cat([value[0], extra.get(name, value.new_zeros(len(answer)))])
-            result[name] = value
-        result["labels"] = torch.tensor([-100] * length + answer)
-        return result
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, rows: Dataset, collate: Collator, batch_size: int) -> float:
-    """The part of the rows whose whole answer greedy decoding would give, 0 to 1."""
-    training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    right = 0
-    for start in tqdm(range(0, len(rows), batch_size), desc="Accuracy", leave=False):
-        part = rows.select(range(start, min(start + batch_size, len(rows))))
-        batch = {name: value.to(device) for name, value in collate(list(part)).items()}
-        labels = batch.pop("labels")[:, 1:]
-        guesses = model(**batch).logits[:, :-1].argmax(-1)
-        right += int(((guesses == labels) | (labels == -100)).all(1).sum())
-    model.train(training)
-    return right / len(rows)
+    rows = rows if number is None else rows.select(range(min(number, len(rows))))
+    asked = [[{"role": "user", "content": str(text)}] for text in rows["question"]]
+    answers = [[{"role": "assistant", "content": str(text)}] for text in rows["answer"]]
+    return rows.remove_columns(["question", "answer"]).add_column("prompt", asked).add_column("completion", answers)
 
 
 def random_model(rows: Dataset) -> tuple[nn.Module, Any]:
@@ -144,7 +84,8 @@ def random_model(rows: Dataset) -> tuple[nn.Module, Any]:
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = ["<unk>", "<pad>", "<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>"]
-    words = (f"User: {row['question']} Assistant: {row['answer']}" for row in rows.remove_columns("image"))
+    texts = zip(rows["prompt"], rows["completion"], strict=True)
+    words = (f"User: {prompt[0]['content']} Assistant: {answer[0]['content']}" for prompt, answer in texts)
     tokenizer.train_from_iterator(words, trainers.WordLevelTrainer(special_tokens=special))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -160,9 +101,10 @@ def random_model(rows: Dataset) -> tuple[nn.Module, Any]:
         ),
         fast,
         image_seq_len=4,
-        chat_template="{% for message in messages %}User: {% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
-        " Assistant:",
+        chat_template="{% for m in messages %}{{ 'User:' if m['role'] == 'user' else 'Assistant:' }}"
+        "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}"
+        "{% endfor %}{% if m['role'] == 'user' %} {% else %}<end_of_utterance>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}",
     )
     config = Idefics3Config(  # type: ignore[call-arg]
         text_config={
@@ -187,66 +129,59 @@ def run(argv: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: an argument, the data or the thresholds do not fit.
     """
-    types = (ModelArguments, VisionArguments, GradESArguments, TrainingArguments)
-    model_arguments, data, freezing, training = parse(types, argv, description=(__doc__ or "").split("\n\n")[0])
-    grades = grades_config(freezing)
-    if model_arguments.load_in_4bit:
-        raise ValueError("load_in_4bit=True: finetune_vlm.py does not know that argument; leave it out.")
-    model_arguments.check()
-    train = load_rows(data.data_dir, "train", data.train_samples)
-    test = load_rows(data.data_dir, "validation", data.eval_samples)
-    set_seed(training.seed)
-    model: Any
+    types = (VisionArguments, ModelConfig, SFTConfig, GradESArguments)
+    data, model_arguments, training, arguments = parse(types, argv, (__doc__ or "").split("\n")[0])
+    grades = grades_config(arguments)
+    train = load_rows(data.data_dir, "train", data.train_rows)
+    test = load_rows(data.data_dir, "validation", data.test_rows)
     if data.dry_run:
-        model, processor = random_model(train)
-    else:
-        processor = AutoProcessor.from_pretrained(model_arguments.model)
-        processor.image_processor.do_image_splitting = False
-        model = AutoModelForImageTextToText.from_pretrained(model_arguments.model, dtype=model_arguments.dtype)
-    if model_arguments.method == "lora":
-        model = get_peft_model(model, model_arguments.lora_config())
-    if grades is not None:  # its thresholds fit this model: better refused before the first evaluation
-        assign_thresholds(find_components(model, grades), grades.tau)
+        train, test = train.select(range(min(16, len(train)))), test.select(range(min(8, len(test))))
+        training.max_steps, training.report_to, training.disable_tqdm = dry_run.STEPS, [], True
+        training.per_device_train_batch_size, training.gradient_accumulation_steps = 2, 1
 
-    training.remove_unused_columns = False
-    collate = Collator(processor)
-    options: dict[str, Any] = {
-        "model": model,
-        "args": training,
-        "train_dataset": train,
-        "data_collator": collate,
-        "processing_class": processor,
-    }
-    trainer = Trainer(**options) if grades is None else GradESTrainer(**options, grades=grades)
-    batch_size = training.per_device_eval_batch_size
-    results: dict[str, Any] = {"rows": len(test), "before": accuracy(model, test, collate, batch_size)}
+    def build() -> SFTTrainer:
+        set_seed(training.seed)
+        model: Any
+        if data.dry_run:
+            model, processor = random_model(train)
+        else:
+            processor = AutoProcessor.from_pretrained(data.model)
+            processor.image_processor.do_image_splitting = False
+            model = AutoModelForImageTextToText.from_pretrained(data.model, dtype=model_arguments.dtype)
+        options: dict[str, Any] = {"peft_config": get_peft_config(model_arguments), "processing_class": processor}
+        options |= {"args": training, "train_dataset": train, "eval_dataset": test}
+        options |= {} if grades is None else {"grades": grades}
+        return (SFTTrainer if grades is None else GradESSFTTrainer)(model, **options)
+
+    trainer = build()
+    if grades is not None and grades.tau is not None:  # better refused now than after the first evaluation
+        thresholds(trainer.model, grades)
+        if data.dry_run:
+            grades = dry_run.fitting(grades, trainer)
+            trainer = build()
+
+    def measured() -> dict[str, float]:
+        scores = trainer.evaluate()
+        return {"loss": scores["eval_loss"], "accuracy": scores["eval_mean_token_accuracy"]}
+
+    results: dict[str, Any] = {"rows": len(test), "before": measured()}
     trainer.train()
     trainer.save_model()
-    results |= {
-        "after": accuracy(model, test, collate, batch_size),
-        "steps_run": trainer.state.global_step,
-        "steps_planned": trainer.state.max_steps,
-    }
-    engine = trainer.grades_callback.engine if isinstance(trainer, GradESTrainer) else None
+    results |= {"after": measured(), "steps_run": trainer.state.global_step, "steps_planned": trainer.state.max_steps}
+    engine = trainer.grades_callback.engine if isinstance(trainer, GradESSFTTrainer) else None
     if engine is not None:
-        for tower in dict.fromkeys(component.tower for component in engine.components):
-            own = [component for component in engine.components if component.tower == tower]
-            frozen = [component.frozen_at for component in own if component.frozen_at is not None]
-            results[f"frozen {tower}"] = f"{len(frozen)} of {len(own)}"
+        for tower in dict.fromkeys(component["tower"] for component in engine.history.components):
+            own = [item["name"] for item in engine.history.components if item["tower"] == tower]
+            results[f"frozen {tower}"] = f"{sum(name in engine.frozen for name in own)} of {len(own)}"
     Path(training.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     logger.info("%s", "\n".join(f"{name}: {value}" for name, value in results.items()))
     return results
 
 
 def main() -> None:
-    """The command: bad input ends it with one line and exit status 1, as in recipes/finetune.py."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for name in ("recipes", "grades_hf"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    try:
+    """The command."""
+    with command("finetune_vlm.py"):
         run(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"finetune_vlm.py: error: {error}")
 
 
 if __name__ == "__main__":

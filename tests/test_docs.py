@@ -27,9 +27,10 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 import grades_hf
+from benchmarks import compare
 from benchmarks import page as benchmark_page
 from grades_hf import cli
-from recipes import compare, finetune, finetune_vlm, no_trainer
+from recipes import finetune, finetune_vlm, no_trainer
 from tests.standin import PROJECT
 from tests.test_readme import PAGES
 
@@ -209,6 +210,8 @@ def check_command(words: list[str]) -> None:
     elif program == "accelerate" and rest[0] == "launch":
         arguments = launch_command_parser().parse_args(rest[1:])
         check_script(arguments.training_script, arguments.training_script_args)
+    elif program == "python" and rest[:2] == ["-m", "benchmarks.compare"]:
+        check_script("benchmarks/compare.py", rest[2:])
     elif program == "python":
         check_script(rest[0], rest[1:])
     else:
@@ -313,7 +316,8 @@ def test_the_configs_have_the_hyperparameters_of_the_paper_page():
         for method, value in (("full", full), ("lora", lora)):
             for file in finetune_configs():
                 text = file.read_text(encoding="utf-8")
-                if source != "Table 8" or not value or f"method: {method} " not in text or f"\n{key}:" not in text:
+                of_method = f"use_peft: {str(method == 'lora').lower()} " in text
+                if source != "Table 8" or not value or not of_method or f"\n{key}:" not in text:
                     continue
                 own = yaml.safe_load(text)[key]
                 number = float(value.removesuffix(" %")) / (100 if "%" in value else 1) if value != "cosine" else value

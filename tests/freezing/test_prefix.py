@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from grades_hf import GradES, GradESCallback, GradESConfig
 from recipes import finetune_vlm
@@ -237,10 +238,12 @@ def test_towers_that_run_one_after_the_other() -> None:
     """A vision tower's prefix takes nothing of the language model; that one's follows when all below it is frozen."""
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(2)]
-    rows = Dataset.from_dict({"image": images, "question": ["what color is it?"] * 2, "answer": ["red", "blue"]})
+    asked = [[{"role": "user", "content": "what color is it?"}]] * 2
+    answers = [[{"role": "assistant", "content": color}] for color in ("red", "blue")]
+    rows = Dataset.from_dict({"image": images, "prompt": asked, "completion": answers})
     torch.manual_seed(0)
     model, processor = finetune_vlm.random_model(rows)
-    inputs = dict(finetune_vlm.Collator(processor)(list(rows)))
+    inputs = dict(DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)(list(rows)))
     whole = copy.deepcopy(model)
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""Hand-written rows in the columns of each benchmark, and files that hold them."""
+"""The example rows of the benchmarks, what they become, and files that hold rows like them."""
 
 from __future__ import annotations
 
@@ -7,42 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-CHOICES = {"text": ["ice", "steam", "sand"], "label": ["A", "B", "C"]}
-ROWS: dict[str, dict[str, Any]] = {
-    "boolq": {"question": "is glass a liquid", "answer": False, "passage": "Glass is an amorphous solid."},
-    "piqa": {"goal": "Keep bread fresh", "sol1": "Leave it in the sun.", "sol2": "Put it in a box.", "label": 1},
-    "siqa": {
-        "context": "Mia lent Tom a pen.",
-        "question": "How would Tom feel?",
-        "answerA": "thankful",
-        "answerB": "angry",
-        "answerC": "asleep",
-        "label": "1",
-    },
-    "hellaswag": {
-        "ind": 4,
-        "activity_label": "Baking",
-        "ctx_a": "[header] How to bake [title] Start  early.",
-        "ctx_b": "then the baker",
-        "ctx": "unused",
-        "endings": ["lights the oven. [substeps] Wait.", " sings."],
-        "label": "0",
-    },
-    "winogrande": {
-        "sentence": "The cup did not fit in the box because _ was too big.",
-        "option1": "the cup",
-        "option2": "the box",
-        "answer": "1",
-    },
-    "openbookqa": {"id": "1", "question_stem": "Frozen water is", "choices": CHOICES, "answerKey": "A"},
-    "arc_challenge": {"id": "2", "question": "What is hot?", "choices": CHOICES, "answerKey": "B"},
-    "arc_easy": {
-        "id": "3",
-        "question": "What is a grain?",
-        "choices": {"text": ["ice", "steam", "sand"], "label": ["1", "2", "3"]},
-        "answerKey": "3",
-    },
-}
+from recipes import pypi
+
+ROWS: dict[str, dict[str, Any]] = json.loads(
+    Path(pypi.__file__).with_name("tasks").joinpath("examples.json").read_text(encoding="utf-8")
+)
 FORMATTED: dict[str, tuple[str, list[str], int]] = {
     "boolq": ("Glass is an amorphous solid.\nQuestion: is glass a liquid?\nAnswer:", ["no", "yes"], 0),
     "piqa": ("Question: Keep bread fresh\nAnswer:", ["Leave it in the sun.", "Put it in a box."], 1),

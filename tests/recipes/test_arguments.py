@@ -3,211 +3,177 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainingArguments
+from trl import ModelConfig, SFTConfig
 
 from grades_hf import GradESConfig
-from recipes.arguments import (
-    NO_TAU,
-    RENAMED,
-    ArmArguments,
-    DataArguments,
-    EvaluationArguments,
-    GradESArguments,
-    ModelArguments,
-    grades_config,
-    parse,
-)
-
-TYPES = (ModelArguments, DataArguments, GradESArguments, EvaluationArguments, ArmArguments, TrainingArguments)
+from recipes.arguments import RENAMED, GradESArguments, check_bits, command, grades_config, option, parse, thresholds
+from tests.small import llama
 
 
-def parsed(*argv: str) -> dict[str, Any]:
-    """All arguments in one dict."""
-    return {
-        field.name: getattr(part, field.name)
-        for part in parse(TYPES, argv)
-        for field in dataclasses.fields(part)
-        if field.init
-    }
+@dataclasses.dataclass
+class Own:
+    task: str | None = option(None, "A task, 100 % of it.")
+
+
+def parsed(*argv: str) -> tuple[Any, ...]:
+    return parse((Own, ModelConfig, SFTConfig, GradESArguments), list(argv), "Try.")
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(tmp_path: Path) -> str:
     file = tmp_path / "run.yaml"
     file.write_text(
-        "task: piqa\n"
-        "learning_rate: 1e-4\n"
-        "tau: {attention: 0.5, mlp: 2}\n"
-        "patience: 3\n"
-        "grades: true\n"
-        "evaluate_before: false\n"
-        "lora_target_modules: [q_proj, v_proj]\n"
-        "freeze_exclude_modules: '.*down_proj'\n"
-        "lr_scheduler_kwargs: {num_cycles: 2}\n"
-        "label_names: [labels, weights]\n"
-        "data_dir: null\n"
-        "max_steps: -1\n",
+        "task: piqa\nlearning_rate: 1e-4\ntau: {attention: 0.5, mlp: 2}\npatience: 3\nuse_peft: true\n"
+        "lora_target_modules: [q_proj, v_proj]\nfreeze_exclude_modules: '.*down_proj'\nmax_steps: -1\n",
         encoding="utf-8",
     )
-    return file
+    return str(file)
 
 
-def test_yaml_alone(config: Path) -> None:
-    found = parsed("--config", str(config))
-    assert found["task"] == "piqa"
-    assert found["learning_rate"] == 1e-4
-    assert found["evaluate_before"] is False
-    assert found["lr_scheduler_kwargs"] == {"num_cycles": 2}
-    assert found["label_names"] == ["labels", "weights"]
-    assert found["data_dir"] is None
-    assert found["max_steps"] == -1
-    model, _, freezing, *_ = parse(TYPES, ["--config", str(config)])
-    assert set(model.lora_config().target_modules) == {"q_proj", "v_proj"}
-    assert grades_config(freezing) == GradESConfig(
-        tau={"attention": 0.5, "mlp": 2.0}, patience=3, exclude_modules=".*down_proj"
-    )
+def test_yaml_alone(config: str) -> None:
+    own, model, training, freezing = parsed("--config", config)
+    assert (own.task, training.learning_rate, training.max_steps) == ("piqa", 1e-4, -1)
+    assert (model.use_peft, model.lora_target_modules) == (True, ["q_proj", "v_proj"])
+    expected = GradESConfig(tau={"attention": 0.5, "mlp": 2.0}, patience=3, exclude_modules=".*down_proj")
+    assert grades_config(freezing) == expected
 
 
-def test_numbers_that_may_be_left_out() -> None:
-    _, _, freezing, *_ = parse(TYPES, ["--task", "siqa", "--budget", "0.7", "--sample_size", "1024"])
-    assert grades_config(freezing) == GradESConfig(budget=0.7, sample_size=1024)
-    observed = grades_config(freezing, observe=True)
-    assert (observed.budget, observed.tau, observed.sample_size) == (None, NO_TAU, 1024)
-
-
-def test_criteria_without_tau() -> None:
-    _, _, freezing, *_ = parse(TYPES, ["--task", "siqa", "--criterion", "no_new_minimum", "--window", "0.2"])
-    assert grades_config(freezing) == GradESConfig(criterion="no_new_minimum", window=0.2)
-    _, _, freezing, *_ = parse(TYPES, ["--task", "siqa", "--criterion", "rise", "--tau", "0.5"])
-    with pytest.raises(ValueError, match="tau=0.5 is a threshold"):
-        grades_config(freezing)
-    observed = grades_config(freezing, observe=True)
-    assert observed is not None
-    assert (observed.rule, observed.tau) == ("threshold", NO_TAU)
-    _, _, freezing, *_ = parse(TYPES, ["--task", "siqa"])
-    assert grades_config(freezing) == GradESConfig()
-    _, _, freezing, *_ = parse(TYPES, ["--task", "siqa", "--patience", "3"])
-    with pytest.raises(ValueError, match="patience=3 is no option of criterion='rise'"):
-        grades_config(freezing)
-    observed = grades_config(freezing, observe=True)
-    assert observed is not None
-    assert observed.patience == 3
-
-
-def test_the_command_line_wins(config: Path) -> None:
-    found = parsed("--task", "siqa", "--config", str(config), "--patience=1", "--evaluate_before", "--tau", "0.25")
-    assert (found["task"], found["patience"], found["evaluate_before"]) == ("siqa", 1, True)
-    assert found["learning_rate"] == 1e-4
-    assert parsed(f"--config={config}", "--no_grades")["grades"] is False
-
-
-def test_command_line_alone() -> None:
-    _, _, freezing, _, _, training = parse(
-        TYPES, ["--tau", '{"q_proj": 1e-3, "mlp": 2}', "--alpha", "0.25", "--freeze-target-modules", '["q_proj"]']
-    )
+def test_the_command_line_wins(config: str) -> None:
+    own, _, training, freezing = parsed(f"--config={config}", "--task", "siqa", "--tau", "0.25", "--grades", "true")
+    assert (own.task, training.learning_rate) == ("siqa", 1e-4)
     grades = grades_config(freezing)
-    assert grades == GradESConfig(tau={"q_proj": 1e-3, "mlp": 2.0}, alpha=0.25, target_modules=["q_proj"])
-    assert training.learning_rate == TrainingArguments().learning_rate
+    assert grades is not None
+    assert (grades.tau, grades.patience) == (0.25, 3)
 
 
-def test_a_regular_expression_may_start_with_a_bracket() -> None:
-    _, _, freezing, *_ = parse(TYPES, ["--tau", "1", "--freeze_target_modules", "[qv]_proj"])
-    assert grades_config(freezing).target_modules == "[qv]_proj"
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0.5", 0.5), ("1e-3", 1e-3), ('{"mlp": 2}', {"mlp": 2.0})],
+)
+def test_a_threshold_is_a_number_or_json(text: str, value: Any) -> None:
+    *_, freezing = parsed("--tau", text)
+    grades = grades_config(freezing)
+    assert grades is not None
+    assert grades.tau == value
 
 
-def test_every_option_of_grades_is_an_argument_with_its_default_and_text() -> None:
+def test_modules_are_a_list_or_an_expression() -> None:
+    for text, value in (('["q_proj"]', ["q_proj"]), ("[qv]_proj", "[qv]_proj")):
+        *_, freezing = parsed("--tau", "1", "--freeze_target_modules", text)
+        grades = grades_config(freezing)
+        assert grades is not None
+        assert grades.target_modules == value
+
+
+def test_every_option_of_grades_is_an_argument_with_its_default() -> None:
     arguments = {field.name: field for field in dataclasses.fields(GradESArguments)}
-    for option in dataclasses.fields(GradESConfig):
-        argument = arguments[RENAMED.get(option.name, option.name)]
-        assert argument.default == (None if option.default is dataclasses.MISSING else option.default)
-        assert len(argument.metadata["help"]) > 20
+    for item in dataclasses.fields(GradESConfig):
+        argument = arguments[RENAMED.get(item.name, item.name)]
+        assert argument.default == (None if item.default is dataclasses.MISSING else item.default)
+        assert argument.metadata["help"]
+    *_, freezing = parsed()
+    assert grades_config(freezing) == GradESConfig()
+
+
+def test_observing_freezes_nothing_whatever_tau_is() -> None:
+    *_, freezing = parsed("--tau", "5", "--observe", "true", "--alpha", "0.25")
+    assert grades_config(freezing) == GradESConfig(tau=sys.float_info.min, alpha=0.25)
+    *_, freezing = parsed("--grades", "false", "--tau", "zero")
+    assert grades_config(freezing) is None
 
 
 def test_help_shows_all_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        parse(TYPES, ["--help"])
+        parsed("--help")
     shown = capsys.readouterr().out
-    for name in ("--config", "--freeze_target_modules", "--lora_r", "--eval_samples", "--learning_rate"):
+    for name in ("--config", "--freeze_target_modules", "--lora_r", "--task", "100 % of it", "--learning_rate"):
         assert name in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--tao", "1"], "the argument '--tao' is unknown. Did you mean --tau?"),
+        (["--zzzzzzzz=1"], "the argument '--zzzzzzzz=1' is unknown. --help lists all arguments."),
+        (["--config", "nowhere.yaml"], "the file behind --config cannot be read"),
+    ],
+)
+def test_an_unknown_argument_is_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        parsed(*argv)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tao: 1\n", r"run\.yaml: the key 'tao' is unknown\. Did you mean tau\?"),
-        ("zzzzzz: 1\n", r"the key 'zzzzzz' is unknown\. --help lists them all"),
-        ("- tau\n", "must hold `name: value` pairs"),
+        ("tao: 1\n", "'--tao' is unknown. Did you mean --tau"),
+        ("- tau\n", "must contain a YAML mapping"),
         ("tau: [1\n", "cannot be read"),
-        ("1: 2\n", "the key 1 is unknown"),
     ],
 )
 def test_a_bad_yaml_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        parse(TYPES, ["--config", str(file)])
+        parsed("--config", str(file))
 
 
-def test_a_missing_yaml_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"config='.*none\.yaml' cannot be read"):
-        parse(TYPES, ["--config", str(tmp_path / "none.yaml")])
-
-
-def test_an_unknown_argument_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'--learning_rat=1' is unknown\. Did you mean --learning_rate\?"):
-        parse(TYPES, ["--learning_rat=1"])
-    with pytest.raises(ValueError, match="'stray' is unknown"):
-        parse(TYPES, ["stray"])
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("patience", "two", "invalid int value: 'two'"),
-        ("patience", 1.5, "invalid int value: '1.5'"),
-        ("alpha", [1], "invalid float value"),
-        ("lora_r", "big", "invalid int value: 'big'"),
-        ("grades", "perhaps", "Truthy value expected"),
-        ("method", "qlora", "invalid choice: 'qlora'"),
-    ],
-)
-def test_a_value_of_the_wrong_type_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any, message: str
-) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(f"{key}: {value}\n", encoding="utf-8")
+def test_a_value_of_the_wrong_type_is_refused_in_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        parse(TYPES, ["--config", str(file)])
-    error = capsys.readouterr().err
-    assert message in error
-    assert f"argument --{key}" in error
+        parsed("--patience", "two")
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 2
+    assert "argument --patience: invalid int value: 'two'" in error[1]
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--criterion", "threshold"], "tau is missing"),
-        (["--tau", "zero"], "tau='zero' must be a finite number"),
-        (["--tau", "nan"], "tau=nan must be a finite number"),
-        (["--tau", "-1"], r"tau=-1\.0 must be"),
-        (["--tau", '{"mlp": 0}'], r"tau\['mlp'\]=0 must be"),
-        (["--tau", '{"mlp": 1'], "tau='{\"mlp\": 1' must be"),
-        (["--tau", "1", "--alpha", "1"], r"alpha=1\.0 must be"),
-        (["--tau", "1", "--monitor", "loss"], "monitor='loss' is unknown"),
-        (["--tau", "1", "--check_every", "0"], "check_every=0 must be"),
-        (["--tau", "1", "--max_frozen_fraction", "2"], "max_frozen_fraction"),
-    ],
-)
-def test_bad_grades_options_are_refused(argv: list[str], message: str) -> None:
-    _, _, freezing, *_ = parse(TYPES, argv)
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("tau", ["zero", "nan", "-1", '{"mlp": 0}', '{"mlp": 1'])
+def test_a_bad_threshold_is_refused(tau: str) -> None:
+    *_, freezing = parsed(f"--tau={tau}")
+    with pytest.raises(ValueError, match="tau.* must be"):
         grades_config(freezing)
 
 
-def test_without_grades_no_threshold_is_needed() -> None:
-    _, _, freezing, *_ = parse(TYPES, ["--no_grades"])
-    assert grades_config(freezing) is None
+def test_thresholds_of_a_model() -> None:
+    model = llama()
+    found = thresholds(model, GradESConfig(tau={"attention": 1.0, "mlp": 2.0}))
+    assert {found["model.layers.0.self_attn.q_proj"], found["model.layers.1.mlp.up_proj"]} == {1.0, 2.0}
+    assert len(found) == 14
+    with pytest.raises(ValueError, match="vision"):
+        thresholds(model, GradESConfig(tau={"vision": 1.0}))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--load_in_4bit", "true"], "load_in_4bit=True and use_peft=False: such weights cannot be trained"),
+        (["--load_in_8bit", "true", "--use_peft", "true"], r"needs bitsandbytes: pip install 'grades-hf\[bnb\]'"),
+        (["--load_in_4bit", "true", "--use_peft", "true"], "load_in_4bit=True needs an accelerator"),
+    ],
+)
+def test_few_bits_are_refused_where_they_cannot_be(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model, *_ = parsed(*options)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "accelerator" in message or None)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        check_bits(model, dry_run=False)
+
+
+def test_an_error_is_one_line_of_one_process(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, lines in (("0", ["try.py: error: x=1 is bad; pass 2."]), ("1", [])):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as ended, command("try.py"):
+            raise ValueError("x=1 is bad;\n pass 2.")
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.splitlines() == lines
+    with pytest.raises(KeyError), command("try.py"):  # a fault of the program keeps its traceback
+        raise KeyError

@@ -1,27 +1,23 @@
-"""Every config is loaded and trained for two steps on a small model of its architecture: nothing is downloaded."""
+"""Every config holds the paper's numbers, and its dry run trains a small model of its architecture."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-import datasets
+import huggingface_hub
 import pytest
-import torch
 import yaml
-from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from recipes import finetune, finetune_vlm
-from recipes.dry_run import ARCHITECTURES
+from recipes import dry_run, finetune, pypi
 
-from .rows import all_tasks_dir
+from .rows import all_tasks_dir, write_jsonl
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 TEXT = sorted(file.stem for file in CONFIGS.glob("*.yaml") if not file.stem.startswith("vlm_"))
-VISION = sorted(file.stem for file in CONFIGS.glob("vlm_*.yaml"))
 # Table 9 of the paper: thresholds for all weights and for adapters.
 TAU = {
     "qwen3_14b": (6.387926, 0.025181),
@@ -32,6 +28,7 @@ TAU = {
 }
 FUSED = {"phi4": {"o_proj", "qkv_proj", "down_proj", "gate_up_proj"}}
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+PACKAGE = pypi.cache_dir() / "pypi" / pypi.BENCHMARKS[0]
 
 
 def load(name: str) -> dict[str, Any]:
@@ -40,7 +37,21 @@ def load(name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(all_tasks_dir(tmp_path_factory.mktemp("data"), train=20))
+    return str(all_tasks_dir(tmp_path_factory.mktemp("data"), train=80))
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run switches the hub off for its process; here that is undone."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+def tried(name: str, output: Path, *options: str) -> dict[str, Any]:
+    """The results of a dry run."""
+    return finetune.main(
+        ["--config", str(CONFIGS / f"{name}.yaml"), "--output_dir", str(output), "--dry_run", "true", *options]
+    )
 
 
 def test_there_is_a_config_for_each_model_and_method() -> None:
@@ -56,7 +67,7 @@ def test_the_papers_hyperparameters(name: str, method: str) -> None:
         "tau": TAU[name][not full], "alpha": 0.55, "learning_rate": 2e-5 if full else 2e-4, "max_length": 4096,
         "per_device_train_batch_size": 1 if full else 16, "gradient_accumulation_steps": 4,
         "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "patience": 1, "reduction": "sum",
-        "monitor": "gradient_change" if full else "gradient_norm", "method": method,
+        "monitor": "gradient_change" if full else "gradient_norm", "use_peft": not full,
     }  # fmt: skip
     assert {key: config[key] for key in expected} == expected
     assert config.get("lora_r") == (None if full else 32)
@@ -71,103 +82,94 @@ def test_every_value_says_where_it_comes_from(name: str) -> None:
     assert not [line for line in values if not line.partition("# ")[2].startswith(sources)]
 
 
-# The new name of the argument is unknown to older versions of transformers.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", TEXT)
-def test_dry_run(name: str, data_dir: str, tmp_path: Path, tiny_model_dir: Path) -> None:
+@pytest.mark.parametrize(("name", "seed"), [(name, seed) for seed, name in enumerate(TEXT)])
+def test_a_dry_run_freezes_some_matrices_of_a_model_of_its_shape(
+    name: str, seed: int, data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = load(name)
-    options = ["--config", str(CONFIGS / f"{name}.yaml"), "--data_dir", data_dir, "--output_dir", str(tmp_path / "run")]
-    if "model" not in config:
-        options += ["--model", str(tiny_model_dir)]
-    finetune.main([*options, "--dry_run"])
-    output = tmp_path / "run" / "dry_run"
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["dry_run"]
-    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    assert (results["steps_run"], results["steps_planned"]) == (2, 2)
+    few = [] if name == "smollm2_135m_lora" else ["--task", "boolq,siqa"]  # one with all benchmarks is enough
+    results = tried(name, tmp_path, "--data_dir", data_dir, "--seed", str(seed), *few)
+    output = tmp_path / "dry_run"
+    assert [path.name for path in tmp_path.iterdir()] == ["dry_run"]
+    assert results["steps_planned"] == dry_run.STEPS
     history = json.loads((output / "grades_history.json").read_text(encoding="utf-8"))
     names = {component["name"].rpartition(".")[2] for component in history["components"]}
     assert names == FUSED.get(name.rpartition("_")[0], SEVEN)
-    assert len(history["components"]) == 2 * len(names)
+    assert results["components"] == 2 * len(names)
+    if "tau" in config:
+        assert 0 < len(results["frozen"]) <= results["components"]
+        assert min(results["frozen"].values()) > config["alpha"] * dry_run.STEPS
+    shown = capsys.readouterr().out
+    assert f"GradES froze {len(results['frozen'])} of {results['components']} matrices" in shown
     model = AutoConfig.from_pretrained(output / "model")
-    if config.get("model") in ARCHITECTURES:
-        kind, sizes = ARCHITECTURES[config["model"]]
-        assert model.model_type == kind.model_type
-        ratio = sizes["num_attention_heads"] // sizes["num_key_value_heads"]
-        assert model.num_attention_heads // model.num_key_value_heads == ratio
+    kind, (heads, keys), _ = dry_run.ARCHITECTURES[config["model"]]
+    assert (model.model_type, model.num_attention_heads / model.num_key_value_heads) == (kind, heads / keys)
     assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(output / "model").parameters()) < 4_000_000
-    assert len(AutoTokenizer.from_pretrained(output / "model")) <= model.vocab_size
+    assert len(AutoTokenizer.from_pretrained(output / "model")) == model.vocab_size
 
 
-def test_a_dry_run_of_a_local_model_has_its_shape(data_dir: str, tmp_path: Path, tiny_model_dir: Path) -> None:
-    options = ["--model", str(tiny_model_dir), "--data_dir", data_dir, "--output_dir", str(tmp_path), "--no_grades"]
-    finetune.main([*options, "--dry_run", "--task", "arc_easy,piqa", "--max_steps", "100"])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("name", ["qwen3_0.6b_full", "qwen3_0.6b_lora"])
+def test_a_dry_run_freezes_with_any_seed_and_without_data(
+    name: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    results = tried(name, tmp_path / "run", "--seed", str(seed), "--task", "boolq,siqa")
+    assert results["frozen"]
+    assert not (tmp_path / "empty").exists()  # nothing was downloaded
+
+
+@pytest.mark.skipif(not PACKAGE.is_dir(), reason="the package with the benchmarks is not in the cache")
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_dry_run_on_the_rows_of_pypi(seed: int, tmp_path: Path) -> None:
+    results = tried("smollm2_135m_lora", tmp_path, "--seed", str(seed))
+    assert results["frozen"]
+    assert results["evaluation"]["rows"] == 8 * dry_run.TEST_ROWS
+
+
+def test_a_dry_run_of_a_local_model_has_its_shape_and_tokenizer(tmp_path: Path, tiny_model_dir: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"Once upon a time there was number {i}."} for i in range(9)])
+    results = finetune.main(
+        ["--model", str(tiny_model_dir), "--data", str(file), "--output_dir", str(tmp_path), "--dry_run", "true"]
+    )
     model = AutoConfig.from_pretrained(tmp_path / "dry_run" / "model")
     assert (model.model_type, model.num_attention_heads, model.num_key_value_heads) == ("llama", 4, 2)
     assert model.tie_word_embeddings
-    scores = json.loads((tmp_path / "dry_run" / "results.json").read_text(encoding="utf-8"))["evaluation"]
-    assert (scores["task"], scores["rows"]) == ("arc_easy+piqa", 6)
-    parts = scores["after"]["tasks"]
-    assert scores["after"]["acc"] == pytest.approx((parts["arc_easy"]["acc"] + parts["piqa"]["acc"]) / 2)
+    assert model.vocab_size == 512
+    assert results["steps_run"] == dry_run.STEPS
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None or not torch.accelerator.is_available(),
-    reason="bitsandbytes or an accelerator is missing",
-)
-def test_a_base_in_4_bits(data_dir: str, tmp_path: Path) -> None:
-    config = str(CONFIGS / "qwen3_0.6b_lora.yaml")
-    options = ["--config", config, "--data_dir", data_dir, "--output_dir", str(tmp_path), "--load_in_4bit", "true"]
-    plan = finetune.prepare([*options, "--dry_run"])
-    trainer = finetune.build(plan)
-    kinds = {type(module).__name__ for module in trainer.model.modules()}
-    assert "Linear4bit" in kinds
-    assert finetune.run(plan, trainer)["steps_run"] == 2
-
-
-def test_a_model_that_is_not_to_be_had_is_refused(data_dir: str, tmp_path: Path) -> None:
-    options = ["--model", "/nowhere", "--data_dir", data_dir, "--output_dir", str(tmp_path / "run"), "--no_grades"]
-    with pytest.raises(SystemExit, match="model='/nowhere' is no directory"):
-        finetune.main([*options, "--dry_run", "--task", "siqa"])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--method", "full", "--load_in_4bit"], "weights in 4 bits cannot be trained"),
-        (["--load_in_4bit"], r"needs bitsandbytes: pip install 'grades-hf\[bnb\]'"),
-        (["--load_in_4bit"], "load_in_4bit=True needs an accelerator"),
-    ],
-)
-def test_4_bits_are_refused_where_they_cannot_be(
-    options: list[str], message: str, data_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_dry_run_of_an_unknown_model_takes_a_llama(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    installed = "accelerator" in message
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed or None)
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    with pytest.raises(ValueError, match=message):
-        finetune.prepare(["--data_dir", data_dir, "--output_dir", str(tmp_path), "--tau", "1", *options])
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = write_jsonl(tmp_path / "chat.jsonl", [{"messages": chat}] * 10)
+    options = ["--model", "someone/model", "--data", str(file), "--output_dir", str(tmp_path), "--tau", "0.5"]
+    with caplog.at_level("INFO", logger="recipes"):
+        results = finetune.main([*options, "--dry_run", "true"])
+    for line in (
+        f"This is a dry run: {dry_run.STEPS} steps of a small random model shaped like someone/model, on the 9 ",
+        "The architecture of someone/model is not known without a download: the small model is a Llama.",
+        "The thresholds are multiplied by",
+    ):
+        assert line in caplog.text
+    assert results["frozen"]
+    assert "{'" not in capsys.readouterr().out  # no dictionaries of figures
 
 
-@pytest.mark.parametrize("name", VISION)
-def test_vision_configs_parse(name: str) -> None:
-    assert load(name)["tau"] == {"vision": 3.3, "language": 33.0}
-    with pytest.raises(ValueError, match="data_dir is missing"):
-        finetune_vlm.run(["--config", str(CONFIGS / f"{name}.yaml"), "--dry_run"])
-    with pytest.raises(ValueError, match="load_in_4bit=True: finetune_vlm.py does not know that"):
-        finetune_vlm.run(["--config", str(CONFIGS / f"{name}.yaml"), "--load_in_4bit"])
+def test_a_dry_run_says_when_nothing_can_freeze(
+    data_dir: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="recipes"):
+        results = tried("qwen3_0.6b_full", tmp_path, "--data_dir", data_dir, "--task", "siqa", "--alpha", "0.99")
+    assert "nothing can freeze: alpha, patience or check_every leave no check for it" in caplog.text
+    assert results["frozen"] == {}
 
 
-@pytest.mark.parametrize("name", VISION)
-def test_vision_dry_run(name: str, tmp_path: Path) -> None:
-    """The shape is SmolVLM's, whatever model the config names: finetune_vlm.py has one small model."""
-    rows = [
-        {"image": Image.new("RGB", (32, 32), color), "question": f"what color is number {index}", "answer": color}
-        for index, color in enumerate(("red", "green", "blue", "black") * 2)
-    ]
-    for split in ("train", "validation"):
-        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{split}.parquet")
-    options = ["--config", str(CONFIGS / f"{name}.yaml"), "--data_dir", str(tmp_path), "--use_cpu", "true"]
-    options += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--per_device_train_batch_size", "2"]
-    results = finetune_vlm.run([*options, "--gradient_accumulation_steps", "1", "--report_to", "none", "--dry_run"])
-    assert (results["steps_run"], results["rows"]) == (2, 8)
-    assert results.keys() >= {"frozen vision", "frozen language"}
+def test_thresholds_that_do_not_fit_are_refused_by_a_dry_run(
+    data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        tried("qwen3_0.6b_full", tmp_path, "--data_dir", data_dir, "--tau", '{"vision": 1}')
+    assert "tau has the key 'vision', which matches no component" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["dry_run"]

@@ -7,220 +7,193 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from grades_hf import History
+from grades_hf.report.page import load_runs
 from recipes import finetune
-from recipes.evaluate import load
 
-from .rows import siqa_dir, siqa_rows, write_jsonl
+from .rows import siqa_dir, write_jsonl
 
 ROOT = Path(__file__).parents[2]
-RUN = {"task": "siqa", "grades": True, "tau": 1e-9, "alpha": 0.5, "lora_r": 2, "train_samples": 32, "seed": 3}
-RUN |= {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-3,
-    "logging_steps": 2,
-    "num_train_epochs": 1,
-    "save_strategy": "no",
-}
+PAIRS = [{"prompt": f"Number {i} comes before", "completion": f" {i + 1}."} for i in range(36)]
+RUN: dict[str, Any] = {
+    "held_out_rows": 4, "tau": 1e-9, "alpha": 0.5, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
+    "logging_steps": 2, "num_train_epochs": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+    "seed": 3,
+}  # fmt: skip
+LORA = ["--use_peft", "true", "--lora_r", "2", "--lora_target_modules", "all-linear"]
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_model_dir: Path) -> Path:
-    """A YAML file for a run of 8 steps on a tiny model and rows of the test's own."""
-    folders = {"model": str(tiny_model_dir), "data_dir": str(siqa_dir(tmp_path / "data"))}
+def config(tmp_path: Path, tiny_model_dir: Path) -> list[str]:
+    """A YAML file for a run of 8 steps on a small model and rows of the test's own."""
+    places = {"model": str(tiny_model_dir), "data": str(write_jsonl(tmp_path / "my.jsonl", PAIRS))}
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({**RUN, **folders, "output_dir": str(tmp_path / "run")}), encoding="utf-8")
-    return file
+    file.write_text(yaml.safe_dump({**RUN, **places, "output_dir": str(tmp_path / "run")}), encoding="utf-8")
+    return ["--config", str(file)]
 
 
-def command(*argv: str, script: str = "finetune.py") -> subprocess.CompletedProcess[str]:
-    """Run a recipe as a user does, from another directory."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / script), *argv],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd="/",
-        check=False,
-    )
-
-
-@pytest.mark.slow
-def test_a_lora_run_from_end_to_end(config: Path, tmp_path: Path) -> None:
-    done = command("--config", str(config), "--tau", '{"attention": 100.0, "mlp": 1e-9}')
-    assert done.returncode == 0, done.stderr
-    output = tmp_path / "run"
-    files = {file.name for file in output.iterdir()}
-    assert files >= {
-        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "trainer_state.json",
-        "grades_history.json", "grades.png", "summary.md", "results.json",
-    }  # fmt: skip
-    history = History.load(output)
-    assert len(history.events) == 20
-    assert {event["step"] for event in history.events} == {5}
-    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    assert (results["steps_run"], results["steps_planned"], results["grace_steps"]) == (8, 8, 4)
-    assert results["groups"] == [
-        {"group": "attention", "components": 20, "frozen": 20, "first": 5, "last": 5},
-        {"group": "mlp", "components": 15, "frozen": 0, "first": None, "last": None},
-    ]
-    assert results["evaluation"]["rows"] == results["evaluation"]["before"]["rows"] == 12
+def test_a_run_on_rows_of_ones_own(config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = finetune.main([*config, *LORA, "--tau", '{"attention": 100.0, "mlp": 1e-9}'])
+    assert (results["steps_run"], results["steps_planned"], results["components"]) == (8, 8, 35)
+    assert set(results["frozen"].values()) == {5}
+    assert len(results["frozen"]) == 20
+    assert results["evaluation"]["after"]["loss"] < results["evaluation"]["before"]["loss"]
     assert 0 < results["compute"]["saved"] < 0.2
-    assert results["seconds"]["training"] > 0
-    for shown in ("20 of 35 components", "8 of 8 planned", "siqa acc_norm", "compute saved", "± "):
-        assert shown in done.stdout
-        assert shown in (output / "summary.md").read_text(encoding="utf-8")
-    assert (output / "grades.png").read_bytes().startswith(b"\x89PNG")
-    assert "GradES tracks 35 components" in done.stderr
-    assert "local directory" in done.stderr
-    assert "Warning" not in done.stderr
+    output = tmp_path / "run"
+    assert json.loads((output / "results.json").read_text(encoding="utf-8")) == results
+    assert History.load(output).frozen == results["frozen"]
+    shown = capsys.readouterr().out
+    for line in (
+        "Training made 8 of 8 planned steps",
+        "GradES froze 20 of 35 matrices, the first at step 5 and the last at step 5.",
+        "of the compute of all planned steps.",
+        f"after training.\nThe model and its records are in {output}.",
+    ):
+        assert line in shown
+    assert load_runs([output])[0].model == results["sources"]["model"]
+    base = AutoModelForCausalLM.from_pretrained(finetune.prepare(config).location)
+    adapted = PeftModel.from_pretrained(base, output)
+    assert any(parameter.any() for name, parameter in adapted.named_parameters() if "lora_B" in name)
+    assert AutoTokenizer.from_pretrained(output).vocab_size == 512
 
-    again = command("--model", str(output), "--data_dir", str(tmp_path / "data"), script="evaluate.py")
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout) == results["evaluation"]["after"]
-    load(str(output))
+
+def test_the_loss_is_on_the_answers(config: list[str]) -> None:
+    plan = finetune.prepare(config)
+    trainer = finetune.build(plan, plan.grades, Path(str(plan.training.output_dir)))
+    row = trainer.train_dataset[0]
+    learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    words = trainer.processing_class.decode(learned, skip_special_tokens=True)
+    assert words.strip() == plan.train[0]["completion"].strip()
+    with torch.no_grad():
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        by_hand = trainer.model.eval()(input_ids=ids, labels=labels).loss.item()
+    held = plan.train.select([0])
+    assert trainer.evaluate(held)["eval_loss"] == pytest.approx(by_hand, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_an_interrupted_full_run_ends_like_a_whole_one(config: Path, tmp_path: Path) -> None:
-    options = ["--config", str(config), "--method", "full", "--monitor", "gradient_norm", "--learning_rate", "1e-4"]
-    options += ["--tau", '{"attention": 1000, "mlp": 1e-9}', "--alpha", "0.25", "--patience", "2"]
-    options += ["--save_strategy", "steps", "--save_steps", "3", "--evaluate_after", "false"]
-    finetune.main([*options, "--output_dir", str(tmp_path / "whole")])
-    whole = History.load(tmp_path / "whole")
-    assert {event["step"] for event in whole.events} == {4}  # twice below tau: before and after the checkpoint
-    assert len(whole.events) == 20
+def test_both_runs_side_by_side(config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = finetune.main([*config, "--compare", "true", "--tau", "1e9", "--evaluate_before", "false"])
+    plain = json.loads((tmp_path / "run" / "without" / "results.json").read_text(encoding="utf-8"))
+    assert (results["steps_run"], plain["steps_run"], plain["arm"]) == (5, 8, "none")  # all frozen after the grace
+    shown = capsys.readouterr().out
+    assert "It ended the run 3 steps early." in shown
+    cells = {line[:15].strip(): line[15:].split() for line in shown.splitlines() if line[:15].strip()}
+    assert cells["steps"] == ["5", "8"]
+    assert cells["compute"] == [f"{1 - results['compute']['saved']:.2f}", "1.00"]
+    losses = [run["evaluation"]["after"]["loss"] for run in (results, plain)]
+    assert cells["held-out loss"] == [f"{loss:.3f}" for loss in losses]
+    assert losses[0] != losses[1]
+    assert "frozen" not in plain
+    assert not (tmp_path / "run" / "without" / "grades_history.json").exists()
 
-    # the same run, as it was when its first checkpoint was written
-    first = json.loads((tmp_path / "whole" / "results.json").read_text(encoding="utf-8"))["evaluation"]["before"]
-    resume = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-3")]
+
+def test_without_options_it_trains_and_says_what_came_of_it(
+    config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith(("tau", "alp"))))
+    results = finetune.main(config)
+    assert results["tau"] is None
+    assert "It saw no reason to end the run early, so all steps were trained" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        finetune.main([*config, "--held_out_rows", "0"])
+    assert "held_out_rows=0, but without a tau GradES looks at the loss" in capsys.readouterr().err
+
+
+def test_a_benchmark_is_measured_by_its_accuracy(config: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("data")))
+    options = ["--task", "siqa", "--data_dir", str(siqa_dir(tmp_path / "data")), "--test_rows", "6"]
+    results = finetune.main([*config, *options, "--max_steps", "1", "--grades", "false"])
+    assert (results["evaluation"]["task"], results["evaluation"]["rows"]) == ("siqa", 6)
+    for when in ("before", "after"):
+        assert results["evaluation"][when].keys() == {"loss", "acc", "acc_norm", "acc_stderr", "acc_norm_stderr"}
+
+
+def test_chat_rows_need_a_chat_template(config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = write_jsonl(tmp_path / "chat.jsonl", [{"messages": chat}] * 8)
+    with pytest.raises(SystemExit):
+        finetune.main([*config, "--data", str(file)])
+    assert "has no chat template, which rows with messages need. Pass chat_template_path" in capsys.readouterr().err
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}", encoding="utf-8")
+    results = finetune.main([*config, "--data", str(file), "--chat_template_path", str(template), "--max_steps", "1"])
+    assert results["steps_run"] == 1
+
+
+class Fail(TrainerCallback):
+    """Fails in the middle of a run."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise ValueError("a fault")
+
+
+def test_a_fault_during_training_is_no_refusal(config: list[str]) -> None:
+    plan = finetune.prepare([*config, "--evaluate_before", "false"])
+    trainer = finetune.build(plan, plan.grades, Path(str(plan.training.output_dir)))
+    trainer.add_callback(Fail())
+    with pytest.raises(RuntimeError, match="training failed after step 3"):
+        finetune.run(plan, trainer)
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint(config: list[str], tmp_path: Path) -> None:
+    options = [*config, "--save_strategy", "steps", "--save_steps", "3", "--tau", '{"attention": 1e9, "mlp": 1e-9}']
+    whole = finetune.main([*options, "--output_dir", str(tmp_path / "whole")])
     (tmp_path / "parts").mkdir()
-    marked = {"evaluation": {"task": "siqa", "rows": 12, "before": {**first, "acc": 0.123}}}
-    (tmp_path / "parts" / "results.json").write_text(json.dumps(marked), encoding="utf-8")
-    finetune.main([*options, *resume, "--output_dir", str(tmp_path / "parts")])
-    assert History.load(tmp_path / "parts").events == whole.events
+    os.rename(tmp_path / "whole" / "checkpoint-3", tmp_path / "parts" / "checkpoint-3")
+    parts = finetune.main([*options, "--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint", "true"])
+    assert parts["frozen"] == whole["frozen"] != {}
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts")]
-    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
-    results = [
-        json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8")) for name in ("whole", "parts")
-    ]
-    assert results[1]["evaluation"]["before"]["acc"] == 0.123
-    assert results[1]["compute"] == pytest.approx(results[0]["compute"], rel=0.05)  # sampled at other steps
-
-
-@pytest.mark.slow
-def test_without_grades_it_is_plain_training(config: Path, tmp_path: Path) -> None:
-    finetune.main(["--config", str(config), "--no_grades", "--max_steps", "2", "--evaluate_before", "false"])
-    files = {file.name for file in (tmp_path / "run").iterdir()}
-    assert "adapter_model.safetensors" in files
-    assert not files & {"grades_history.json", "grades.png"}
-    assert "2 of 2 planned" in (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-def test_accuracy_and_loss_are_measured_together(config: Path, tmp_path: Path) -> None:
-    scores = {}
-    for measure in ("both", "accuracy", "loss"):
-        output = tmp_path / measure
-        options = ["--measure", measure, "--output_dir", str(output), "--max_steps", "2", "--no_grades"]
-        finetune.main(["--config", str(config), *options, "--evaluate_before", "false"])
-        results = json.loads((output / "results.json").read_text(encoding="utf-8"))
-        scores[measure] = results["evaluation"]["after"]
-    assert {"acc", "acc_norm", "loss"} <= scores["both"].keys()
-    assert "loss" not in scores["accuracy"]
-    assert "acc" not in scores["loss"]
-    assert scores["both"] == scores["accuracy"] | scores["loss"]
-
-
-@pytest.mark.slow
-def test_early_stopping_rows_come_out_of_the_training_rows(config: Path, tmp_path: Path) -> None:
-    options = ["--holdout_samples", "8", "--eval_strategy", "steps", "--eval_steps", "4", "--skip_validation", "false"]
-    plan = finetune.prepare(["--config", str(config), *options])
-    assert (len(plan.train), len(plan.holdout), len(plan.test)) == (32, 8, 12)
-    assert not [row for row in plan.holdout if row in plan.train]
-    finetune.main(["--config", str(config), *options, "--evaluate_before", "false", "--evaluate_after", "false"])
-    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))
-    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [4, 8]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tao", "1"], "'--tao' is unknown. Did you mean --tau?"),
-        (["--tau", "0"], "tau=0.0 must be a finite number greater than 0"),
-        (["--task", "squad"], "task='squad' is unknown"),
-        (["--data_dir", "/nowhere"], "train.jsonl.gz is missing"),
-        (["--train_samples", "1000"], "train_samples=1000 must be between 1 and the 48 rows"),
-        (["--holdout_samples", "20"], "train_samples=52 must be between 1 and the 48 rows"),
-        (["--eval_samples", "13"], "eval_samples=13 must be between 1 and the 12 rows"),
-        (["--eval_split", "train"], "train_split and eval_split are both 'train'"),
+        (["--tao", "1"], "the argument '--tao' is unknown. Did you mean --tau?"),
+        (["--tau", "0"], "tau=0 must be a finite number greater than 0"),
+        (["--data", "/nowhere"], "data='/nowhere' is no file or directory"),
         (["--model", "/nowhere"], "model='/nowhere' is no directory"),
-        (["--resume_from_checkpoint", "/nowhere"], "resume_from_checkpoint='/nowhere' holds no trainer_state.json"),
-        (["--resume_from_checkpoint", "true"], "holds no complete checkpoint; leave it out"),
-        (["--eval_strategy", "epoch"], "eval_strategy='epoch' needs rows: set holdout_samples"),
+        (["--test_rows", "0"], "test_rows=0 must be 1 or more"),
+        (["--max_length", "2"], "max_length=2 leaves no answer in any of the train rows"),
+        (["--tau", '{"attention": 1.0}'], "without a threshold"),
+        (["--tau", '{"attention": 1.0, "mlp": 1.0, "vision": 1.0}'], "'vision'"),
+        (["--freeze_target_modules", "nothing_proj"], "nothing_proj"),
+        (["--resume_from_checkpoint", "/nowhere"], "resume_from_checkpoint='/nowhere' holds no complete checkpoint"),
+        (["--held_out_rows", "0", "--eval_strategy", "epoch"], "eval_strategy='epoch' needs rows"),
+        (["--output_dir", "/proc/run"], "output_dir='/proc/run' cannot be written"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(config: Path, tmp_path: Path, options: list[str], message: str) -> None:
-    with pytest.raises(SystemExit) as refused:
-        finetune.main(["--config", str(config), *options])
-    assert str(refused.value).startswith("finetune.py: error: ")
-    assert message in str(refused.value)
-    assert not (tmp_path / "run").exists()
-
-
-def test_damaged_data_is_refused_before_anything_is_written(config: Path, tmp_path: Path) -> None:
-    file = tmp_path / "data" / "siqa" / "validation.jsonl.gz"
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"validation\.jsonl\.gz cannot be read"):
-        finetune.prepare(["--config", str(config)])
-    file.unlink()
-    write_jsonl(file, [{"context": "a", "question": "b"}])
-    with pytest.raises(ValueError, match="row 1 lacks the column 'answerA'"):
-        finetune.prepare(["--config", str(config)])
-    file.unlink()
-    write_jsonl(file, siqa_rows(48))
-    with pytest.raises(ValueError, match="train on other rows"):
-        finetune.prepare(["--config", str(config)])
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_output_directory_that_cannot_be_written_is_refused(config: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    for output in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
-        with pytest.raises(ValueError, match=r"output_dir='.*' cannot be written: .*Pass another one"):
-            finetune.prepare(["--config", str(config), "--output_dir", str(output)])
-
-
-def test_thresholds_that_do_not_fit_the_model_are_refused_before_the_first_evaluation(
-    config: Path, tmp_path: Path
+def test_bad_input_is_refused_in_one_line(
+    options: list[str], message: str, config: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for options, message in (
-        (["--tau", '{"attention": 1.0}'], "tau"),
-        (["--tau", '{"attention": 1.0, "mlp": 1.0, "vision": 1.0}'], "vision"),
-        (["--freeze_target_modules", "nothing_proj"], "nothing_proj"),
-        (["--max_length", "2"], "max_length=2 tokens are too few"),
-    ):
-        with pytest.raises(SystemExit, match=rf"^finetune\.py: error: .*{message}"):
-            finetune.main(["--config", str(config), *options])
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit) as refused:
+        finetune.main([*config, *options])
+    assert refused.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune.py")]
+    assert line.startswith("finetune.py: error: ")
+    assert message in line
 
 
-def test_the_newest_complete_checkpoint_is_resumed_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    states = {9: '{"global_step": 9}', 12: '{"global_step": 12}', 15: '{"global_st', 18: None}
-    for step, state in states.items():
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    (tmp_path / "checkpoint-best").mkdir()
-    with caplog.at_level("INFO", logger="recipes"):
-        assert finetune.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
-    messages = [record.getMessage() for record in caplog.records]
-    assert [("checkpoint-18" in m, "checkpoint-15" in m, "Resuming from" in m) for m in messages] == [
-        (True, False, False), (False, True, False), (False, False, True),
-    ]  # fmt: skip
+@pytest.mark.slow
+def test_under_the_launcher_an_error_is_one_line_without_a_traceback(config: list[str]) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    script = str(ROOT / "recipes" / "finetune.py")
+    done = subprocess.run(
+        [*command, script, *config, "--tao", "1"], capture_output=True, text=True, env=environment, cwd="/"
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == ("finetune.py: error: the argument '--tao' is unknown. Did you mean --tau?")

@@ -1,16 +1,16 @@
 """Run a grid of arms x tasks x seeds, or what is left of it, and compare.
 
-    python recipes/compare.py --config recipes/configs/study_stories260k.yaml --model DIR --data_dir DIR \\
+    python -m benchmarks.compare --config benchmarks/configs/study_stories260k.yaml --model DIR --data_dir DIR \\
         --arms none es grades stop short peer --tasks siqa boolq --seeds 1 2 3 --output runs/study
 
-Each cell is a run of `recipes/finetune.py` in a process of its own, in `OUTPUT/TASK/ARM/seed-N`: `arguments.json` (the
-arguments, the config's text, versions), `log.txt`, and what finetune.py leaves, `results.json` last. A finished cell is
+Each cell is a run of `benchmarks.train` in a process of its own, in `OUTPUT/TASK/ARM/seed-N`: `arguments.json` (the
+arguments, the config's text, versions), `log.txt`, and what the run leaves, `results.json` last. A finished cell is
 not run again; one that was killed goes on from its newest checkpoint, the arm `peer` from the beginning. One cell after
 another, so that their times compare. Then `comparison.csv`, `comparison.md` and `comparison.png` are written in OUTPUT.
 
-An arm is one of finetune.py's, or such a one with options under a name of its own:
+An arm is one of `benchmarks/arms.py`, or such a one with options under a name of its own:
 `"patient=grades --patience 3 --tau 0.5"`. A task is a benchmark, or several mixed: `siqa,boolq`. Arguments that are not
-listed below go to finetune.py in every cell.
+listed below go to the run in every cell.
 """
 
 from __future__ import annotations
@@ -32,26 +32,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
+from benchmarks import train
 from grades_hf.report import compare, comparison_csv, comparison_markdown, plot_comparison
-from recipes import finetune
-from recipes.console import configure_logging
+from recipes.arguments import command
 
 logger = logging.getLogger("recipes.compare")
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What every cell gets unless the command line says otherwise: the untrained model is the same in all of them.
-DEFAULTS = ["--evaluate_before", "false", "--disable_tqdm", "true", "--report_to", "none"]
+# What every cell gets unless the command line says otherwise.
+DEFAULTS = ["--disable_tqdm", "true", "--report_to", "none"]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "lm_eval", "grades-hf", "grades")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of training: finetune.py's `--arm`, under a name, with options."""
+    """A way of training: an arm of `benchmarks/arms.py` under a name, with options."""
 
     name: str
     arm: str
@@ -81,7 +77,7 @@ class Cell:
     task: str
     seed: int
     folder: Path
-    arguments: tuple[str, ...]  # of finetune.py, but for resuming
+    arguments: tuple[str, ...]  # of benchmarks.train, but for resuming
 
     @property
     def audit(self) -> Path:
@@ -140,12 +136,9 @@ def run_cell(cell: Cell, config: str) -> bool:
     """
     cell.folder.mkdir(parents=True, exist_ok=True)
     arguments = list(cell.arguments)
-    if cell.arm.arm != "peer":
-        try:
-            checkpoint = finetune.newest_checkpoint(cell.folder)
-            arguments += ["--resume_from_checkpoint", str(checkpoint)]
-        except ValueError:
-            pass  # there is none: from the beginning
+    checkpoint = None if cell.arm.arm == "peer" else train.newest_checkpoint(cell.folder)
+    if checkpoint is not None:
+        arguments += ["--resume_from_checkpoint", str(checkpoint)]
     with open(cell.folder / ".lock", "w") as lock, open(cell.folder / "log.txt", "a", encoding="utf-8") as log:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child holds it too, should this process be killed
@@ -153,10 +146,14 @@ def run_cell(cell: Cell, config: str) -> bool:
             raise ValueError(f"another process is running {cell.folder}; wait for it, or end it.") from None
         audit = {"arguments": list(cell.arguments), "config": config, "versions": _versions(), "commit": _commit()}
         cell.audit.write_text(json.dumps(audit, indent=2) + "\n", encoding="utf-8")
-        command = [sys.executable, str(ROOT / "recipes" / "finetune.py"), *arguments]
+        command = [sys.executable, "-m", "benchmarks.train", *arguments]
         log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n")
         log.flush()
-        environment = {**os.environ, "COLUMNS": "120"}
+        environment = {
+            **os.environ,
+            "COLUMNS": "120",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
         done = subprocess.run(command, stdout=log, stderr=log, env=environment, pass_fds=[lock.fileno()])
     return done.returncode == 0 and cell.results() is not None
 
@@ -199,12 +196,15 @@ def _provenance(cells: Sequence[Cell]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: bad input ends it with one line, cells that failed with exit status 1."""
-    configure_logging()
-    argv = sys.argv[1:] if argv is None else list(argv)
+    with command("compare.py"):
+        _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, help="a config of finetune.py")
+    parser.add_argument("--config", required=True, help="a config of recipes/finetune.py")
     parser.add_argument("--arms", nargs="+", default=["none", "es", "grades", "stop", "short"], metavar="ARM")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")
@@ -221,16 +221,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         left = [] if options.report_only else [cell for cell in cells if cell.results() is None]
         for cell in left:
             if cell.seed == left[0].seed:  # better refused now than after hours
-                finetune.prepare(list(cell.arguments))
+                train.prepare(list(cell.arguments))
         for number, cell in enumerate(left, start=1):
             started = time.perf_counter()
             logger.info("[%d/%d] %s, %s, seed %d", number, len(left), cell.task, cell.arm.name, cell.seed)
             if not run_cell(cell, config):
                 failed.append(cell)
                 logger.error("failed after %.0f s: see %s", time.perf_counter() - started, cell.folder / "log.txt")
-        report(cells, output, options.metric, f"python recipes/compare.py {shlex.join(argv)}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"compare.py: error: {error}")
+        report(cells, output, options.metric, f"python -m benchmarks.compare {shlex.join(argv)}")
+    except OSError as error:
+        raise ValueError(str(error)) from error
     if failed:
         sys.exit(f"compare.py: {len(failed)} of {len(cells)} cells failed; the next call runs them again.")
 

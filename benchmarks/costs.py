@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from grades_hf.components import unwrap
-from grades_hf.flops import ComputeMeter
-from grades_hf.structure import sequential_blocks
+from benchmarks.internals import ComputeMeter, sequential_blocks, unwrap
 
 
 def costs(meter: ComputeMeter, model: nn.Module) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""The ways of training that are compared, one flag: `--arm`. Each with the same rows, model and seed.
+"""The ways of training that are compared, one flag: `--arm`. Each has the same rows, model and seed.
 
-* `grades`: GradES with any of its options. `--observe` freezes nothing and records.
+* `grades`: GradES with any of its options. `--observe true` freezes nothing and records.
 * `none`: all T steps, nothing frozen.
-* `es`: early stopping as in the paper: validation every 5 % of the steps on training rows that are set aside
-  (`holdout_samples`), ended by the third one in a row that does not lower the best loss by more than 0.0005. At the end
-  the weights of the lowest validation loss (the paper does not say; `--restore_best false`: the last ones).
+* `es`: early stopping as in the paper: validation every 5 % of the steps on the held-out rows, ended by the third one
+  in a row that does not lower the best loss by more than 0.0005. At the end it takes the weights of the lowest
+  validation loss (the paper does not say; `--restore_best false`: the last ones).
 * `stop`: the schedule of T steps, ended after ceil(alpha T) of them: what GradES is if all freezes at once.
 * `short`: a schedule of ceil(alpha T) steps.
 * `peer`: the PyPI package `grades`, with `peer_tau`, `alpha`, `check_every` and `max_frozen_fraction`. A resume loses
@@ -19,8 +19,9 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import (
     EarlyStoppingCallback,
@@ -32,13 +33,12 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from trl import SFTTrainer
 
-from grades_hf import GradESConfig, GradESTrainer
-from grades_hf.config import DEFAULTS
-from grades_hf.criteria import grace_steps
-from grades_hf.flops import FlopCounter
-from recipes.arguments import ArmArguments
-from recipes.flops import FlopCounterCallback
+from benchmarks.flops import FlopCounterCallback
+from benchmarks.internals import ALPHA, MAX_FROZEN_FRACTION, FlopCounter, grace_steps
+from recipes.arguments import option
+from recipes.finetune import GradESSFTTrainer, Plan, build
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,39 @@ logger = logging.getLogger(__name__)
 VALIDATE_EVERY, MIN_DELTA, PATIENCE = 0.05, 0.0005, 3
 
 
+ARMS = ("grades", "none", "es", "stop", "short", "peer")
+
+
+@dataclass
+class ArmArguments:
+    """Which of the ways of training, and how its quality is measured."""
+
+    arm: str = option("grades", f"The way of training: {', '.join(ARMS)}.")
+    restore_best: bool = option(True, "Arm es: end with the weights of the lowest validation loss.")
+    peer_tau: float | None = option(None, "Arm peer: its threshold, on the L1 norm of a matrix's weight change.")
+    measure: Literal["accuracy", "loss", "both"] = option(
+        "accuracy", "Quality on the validation rows: accuracy by lm-evaluation-harness, the mean loss, or both."
+    )
+
+    def check(self, observe: bool) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ValueError: the arm is unknown, or lacks or contradicts another argument.
+        """
+        if self.arm not in ARMS:
+            raise ValueError(f"arm={self.arm!r} is unknown; use one of {', '.join(ARMS)}.")
+        if self.arm == "peer" and self.peer_tau is None:
+            raise ValueError(
+                "peer_tau is missing: pass --peer_tau NUMBER. Its scale is that of --monitor weight_change, so "
+                "--observe true --monitor weight_change shows which values occur."
+            )
+        if observe and self.arm != "grades":
+            raise ValueError(f"observe=True records the statistic of GradES; arm={self.arm!r} has none.")
+
+
 def set_up(
-    arm: str, arguments: ArmArguments, training: TrainingArguments, *, alpha: float | None, holdout_samples: int
+    arm: str, arguments: ArmArguments, training: TrainingArguments, *, alpha: float | None, held_out: bool
 ) -> None:
     """Change the training arguments to what an arm needs.
 
@@ -55,10 +86,8 @@ def set_up(
         ValueError: the arm cannot work with these arguments, or on this machine.
     """
     if arm == "es":
-        if holdout_samples < 1:
-            raise ValueError(
-                "arm='es' needs rows to validate on: set holdout_samples, the number of training rows to set aside."
-            )
+        if not held_out:
+            raise ValueError("arm='es' needs rows to validate on: set held_out_rows, the number to set aside.")
         training.eval_strategy, training.eval_steps = IntervalStrategy.STEPS, VALIDATE_EVERY
         training.metric_for_best_model, training.greater_is_better = "eval_loss", False
         training.restore_callback_states_from_checkpoint = True  # the number of validations without progress
@@ -81,7 +110,7 @@ def set_up(
 
 def _part(alpha: float | None) -> float:
     """The part of the steps that `stop` and `short` make; without `alpha` the grace ratio of a threshold."""
-    return DEFAULTS["threshold"]["alpha"] if alpha is None else alpha
+    return ALPHA if alpha is None else alpha
 
 
 class Clock(TrainerCallback, ExportableState):
@@ -188,56 +217,46 @@ class ArmMixin(_Base):
         return super().create_scheduler(steps, *args, **kwargs)
 
 
-class ArmTrainer(ArmMixin, Trainer):
+class ArmTrainer(ArmMixin, SFTTrainer):
     """Every arm but `grades`."""
 
 
-class GradESArmTrainer(ArmMixin, GradESTrainer):
+class GradESArmTrainer(ArmMixin, GradESSFTTrainer):
     """The arm `grades`."""
 
 
-def make_trainer(
-    arm: str, options: Mapping[str, Any], arguments: ArmArguments, grades: GradESConfig | None, freezing: Any
-) -> ArmTrainer | GradESArmTrainer:
+def make_trainer(plan: Plan, arguments: ArmArguments, output: Path) -> Any:
     """The trainer of an arm.
 
-    Args:
-        arm: Its name.
-        options: Trainer's own arguments.
-        arguments: The arms' arguments.
-        grades: GradES's options for the arm `grades`, else None.
-        freezing: GradESArguments, of which other arms take `alpha`, too.
-
     Raises:
-        ValueError: an option that does not fit.
+        ValueError: an option does not fit.
     """
-    training = options["args"]
-    trainer: ArmTrainer | GradESArmTrainer
-    if grades is not None:
-        trainer = GradESArmTrainer(**options, grades=grades, callbacks=[Clock()])
+    trainer: Any
+    if plan.grades is not None:
+        trainer = build(plan, plan.grades, output, GradESArmTrainer, callbacks=[Clock()])
     else:
         callbacks: list[TrainerCallback] = [FlopCounterCallback(), Clock()]
-        if arm == "es":
+        if arguments.arm == "es":
             callbacks.append(EarlyStoppingCallback(PATIENCE, MIN_DELTA))
-        if arm == "peer":
-            callbacks.append(peer_callback(arguments, freezing, training.output_dir))
-        trainer = ArmTrainer(**options, callbacks=callbacks)
-    *_, trainer.planned_steps = trainer.set_initial_training_values(training, trainer.get_train_dataloader())
-    if arm in ("stop", "short"):
-        training.max_steps = grace_steps(_part(freezing.alpha), trainer.planned_steps)
-        trainer.whole_schedule = arm == "stop"
+        if arguments.arm == "peer":
+            callbacks.append(peer_callback(arguments.peer_tau, plan.arguments, str(output)))
+        trainer = build(plan, None, output, ArmTrainer, callbacks=callbacks)
+    *_, trainer.planned_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    if arguments.arm in ("stop", "short"):
+        trainer.args.max_steps = grace_steps(_part(plan.arguments.alpha), trainer.planned_steps)
+        trainer.whole_schedule = arguments.arm == "stop"
     return trainer
 
 
-def peer_callback(arguments: ArmArguments, freezing: Any, output_dir: str) -> TrainerCallback:
+def peer_callback(tau: float | None, freezing: Any, output_dir: str) -> TrainerCallback:
     """The callback of the package `grades`, with as many of our options as it has."""
     from grades import GradEarlyStoppingCallback, GradEarlyStoppingConfig
 
     return GradEarlyStoppingCallback(  # type: ignore[no-any-return]
         GradEarlyStoppingConfig(
-            tau=arguments.peer_tau,
+            tau=tau,
             alpha=_part(freezing.alpha),
-            max_frozen_ratio=freezing.max_frozen_fraction or DEFAULTS["threshold"]["max_frozen_fraction"],
+            max_frozen_ratio=freezing.max_frozen_fraction or MAX_FROZEN_FRACTION,
             compute_interval=freezing.check_every,
             save_freezing_history=True,
             output_dir=output_dir,

@@ -9,8 +9,8 @@ import pytest
 from transformers import TrainerCallback
 
 import grades_hf.flops
+from benchmarks.flops import FlopCounterCallback, compute
 from grades_hf import GradESCallback
-from recipes.flops import FlopCounterCallback, compute
 from tests import small
 from tests.small import llama
 

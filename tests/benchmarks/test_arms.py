@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,22 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from benchmarks import arms, train
+from benchmarks.arms import ARMS, make_trainer
+from benchmarks.internals import FlopCounter
 from grades_hf import History
-from recipes import arms, finetune
-from recipes.arguments import ARMS
-from recipes.data import Split, find_task, load_split, mark, mixed, training_rows
-from recipes.evaluate import held_out_loss
-from recipes.examples import encode
-from recipes.models import load_tokenizer
-
-from .rows import all_tasks_dir
+from recipes import finetune
+from recipes.tasks.formats import TASKS
+from tests.recipes.rows import all_tasks_dir
 
 RUN: dict[str, Any] = {
-    "task": "siqa,piqa", "objective": "text", "measure": "loss", "evaluate_before": False, "method": "full",
-    "dtype": "float32", "train_samples": 40, "holdout_samples": 6, "max_length": 32, "eval_samples": 4,
-    "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-3,
-    "warmup_steps": 0.05, "lr_scheduler_type": "cosine", "alpha": 0.55, "tau": 1e-9, "monitor": "gradient_norm",
-    "logging_steps": 5, "save_strategy": "steps", "save_steps": 4, "report_to": "none", "use_cpu": True, "seed": 3,
+    "task": "siqa,piqa", "completion_only_loss": False, "measure": "loss", "use_peft": False, "dtype": "float32",
+    "train_rows": 40, "held_out_rows": 6, "max_length": 32, "test_rows": 4, "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-3, "warmup_steps": 0.05,
+    "lr_scheduler_type": "cosine", "alpha": 0.55, "tau": 1e-9, "monitor": "gradient_norm", "logging_steps": 5,
+    "save_strategy": "steps", "save_steps": 4, "report_to": "none", "disable_tqdm": True, "seed": 3,
 }  # fmt: skip
 STEPS, CUT = 40, 22
 needs_peer = pytest.mark.skipif(importlib.util.find_spec("grades") is None, reason="grades is not installed")
@@ -45,8 +43,9 @@ def config(tmp_path: Path, tiny_model_dir: Path) -> list[str]:
 
 
 def trained(config: list[str], output: Path, *options: str) -> dict[str, Any]:
-    finetune.main([*config, "--output_dir", str(output), *options])
-    return json.loads((output / "results.json").read_text(encoding="utf-8"))
+    results = train.main([*config, "--output_dir", str(output), *options])
+    assert json.loads((output / "results.json").read_text(encoding="utf-8")) == results
+    return results
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -70,11 +69,15 @@ class Kill(TrainerCallback):
 
 
 def killed(config: list[str], output: Path, at: int, *options: str) -> None:
-    plan = finetune.prepare([*config, "--output_dir", str(output), *options])
-    trainer = finetune.build(plan)
+    plan, arguments = train.prepare([*config, "--output_dir", str(output), *options])
+    trainer = make_trainer(plan, arguments, output)
     trainer.add_callback(Kill(at))
     with pytest.raises(KeyboardInterrupt):
-        finetune.run(plan, trainer)
+        train.run(plan, arguments, trainer)
+
+
+def resumed(config: list[str], output: Path, *options: str) -> dict[str, Any]:
+    return trained(config, output, *options, "--resume_from_checkpoint", str(train.newest_checkpoint(output)))
 
 
 def test_stop_is_the_whole_run_cut_off(config: list[str], tmp_path: Path) -> None:
@@ -92,29 +95,29 @@ def test_stop_is_the_whole_run_cut_off(config: list[str], tmp_path: Path) -> Non
 def test_short_has_a_schedule_of_its_own(config: list[str], tmp_path: Path) -> None:
     short = trained(config, tmp_path / "short", "--arm", "short")
     assert (short["steps_run"], short["steps_planned"]) == (CUT, STEPS)
-    finetune.main([*config, "--output_dir", str(tmp_path / "twin"), "--arm", "none", "--max_steps", str(CUT)])
+    trained(config, tmp_path / "twin", "--arm", "none", "--max_steps", str(CUT))
     assert equal(tmp_path / "short", tmp_path / "twin")
 
 
 def test_the_quality_is_the_loss_of_rows_that_nothing_was_trained_on(config: list[str], tmp_path: Path) -> None:
-    results = trained(config, tmp_path / "run", "--arm", "short")
+    options = ["--arm", "short", "--per_device_eval_batch_size", "1"]
+    results = trained(config, tmp_path / "run", *options)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
-    tokenizer = load_tokenizer(str(tmp_path / "run"))
-    plan = finetune.prepare([*config, "--arm", "short"])
-    losses = []
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    plan, _ = train.prepare([*config, *options])
+    means = []
     for task, rows in plan.tests.items():
-        total, tokens = 0.0, 0
-        for row in rows:  # one at a time, without padding
-            question = find_task(task).format(row)
-            ids = tokenizer(f"{question['prompt']} {question['choices'][question['answer']]}")["input_ids"][:32]
+        losses = []
+        for pair in TASKS[task].pairs(rows):  # one at a time, without padding
+            ids = tokenizer(pair["prompt"] + pair["completion"] + tokenizer.eos_token)["input_ids"][:32]
             with torch.no_grad():
-                loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
-            total, tokens = total + loss.item() * (len(ids) - 1), tokens + len(ids) - 1
-        losses.append(total / tokens)
-        assert results["evaluation"]["after"]["tasks"][task]["loss"] == pytest.approx(losses[-1], rel=1e-5)
-    assert results["evaluation"]["after"]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
-    asked = [{plan.task.prompt(row) for row in rows} for rows in (plan.train, plan.holdout)]
-    tested = {find_task(task).prompt(row) for task, rows in plan.tests.items() for row in rows}
+                losses.append(model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss.item())
+        means.append(sum(losses) / len(losses))
+        assert results["evaluation"]["after"]["tasks"][task]["loss"] == pytest.approx(means[-1], rel=1e-5)
+    assert results["evaluation"]["after"]["loss"] == pytest.approx(sum(means) / 2, rel=1e-5)
+    assert plan.held_out is not None
+    asked = [set(rows["prompt"]) for rows in (plan.train, plan.held_out)]
+    tested = {TASKS[task].prompt(row) for task, rows in plan.tests.items() for row in rows}
     assert not asked[0] & asked[1]
     assert not (asked[0] | asked[1]) & tested
 
@@ -134,19 +137,14 @@ def test_early_stopping_as_in_the_paper(learning_rate: str, config: list[str], t
             break
     assert step == results["steps_run"]
     assert learning_rate == "1.0" or step == 8  # the first validation, and three that are no better
-    plan = finetune.prepare([*config, *options])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "es")
-    tokenizer = load_tokenizer(str(tmp_path / "es"))
-    examples = encode(plan.task, plan.holdout, tokenizer, 32, "text")
-    assert held_out_loss(model, tokenizer, examples, 4)["loss"] == pytest.approx(best, rel=1e-4)  # the best weights
-
-    # what validation computes: the forward passes of its batches (torch counts no CPU kernel of attention)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "es", attn_implementation="eager")
-    collate = finetune.DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        for part in (examples[:4], examples[4:]):
-            model(**collate([dict(example) for example in part]))
-    assert results["compute"]["validation"] == counter.get_total_flops() * len(losses)
+    plan, _ = train.prepare([*config, *options])
+    trainer = finetune.build(plan, None, tmp_path / "again")
+    trainer.model.load_state_dict(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "es").state_dict()
+    )  # the best weights
+    with FlopCounter() as counter:
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-4)
+    assert results["compute"]["validation"] == counter.total * len(losses) > 0
     assert results["seconds"].keys() == {"training", "validation", "saving", "evaluation"}
     assert all(value > 0 for value in results["seconds"].values())
 
@@ -165,9 +163,8 @@ def test_a_killed_run_ends_like_a_whole_one(arm: str, config: list[str], tmp_pat
         options += ["--tau", '{"attention": 1e9, "mlp": 1e-9}', "--alpha", "0.2"]
     whole = trained(config, tmp_path / "whole", *options)
     killed(config, tmp_path / "parts", 7, *options)
-    partial = json.loads((tmp_path / "parts" / "results.json").read_text(encoding="utf-8"))
-    assert partial.keys() == {"evaluation"}
-    parts = trained(config, tmp_path / "parts", *options, "--resume_from_checkpoint", "true")
+    assert not (tmp_path / "parts" / "results.json").exists()
+    parts = resumed(config, tmp_path / "parts", *options)
     assert equal(tmp_path / "whole", tmp_path / "parts")
     assert parts["steps_run"] == whole["steps_run"]
     assert parts["evaluation"] == whole["evaluation"]
@@ -183,7 +180,7 @@ def test_a_run_that_was_killed_after_its_last_step(arm: str, config: list[str], 
     before = weights(tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
     assert (tmp_path / "run" / f"checkpoint-{whole['steps_run']}").is_dir()
-    again = trained(config, tmp_path / "run", *options, "--resume_from_checkpoint", "true")
+    again = resumed(config, tmp_path / "run", *options)
     assert again["steps_run"] == whole["steps_run"]
     after = weights(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -191,26 +188,27 @@ def test_a_run_that_was_killed_after_its_last_step(arm: str, config: list[str], 
 
 @needs_peer
 def test_the_peer_freezes_on_the_scale_of_weight_change(config: list[str], tmp_path: Path) -> None:
-    seen = trained(config, tmp_path / "seen", "--observe", "--monitor", "weight_change")
+    seen = trained(config, tmp_path / "seen", "--observe", "true", "--monitor", "weight_change")
     assert seen["frozen"] == 0
     results = trained(config, tmp_path / "peer", "--arm", "peer", "--peer_tau", "1e9")
     assert (results["components"], results["frozen"], results["steps_run"]) == (35, 35, CUT)
     results = trained(config, tmp_path / "some", "--arm", "peer", "--peer_tau", "1e-12")
     assert (results["frozen"], results["steps_run"]) == (0, STEPS)
     assert not list((tmp_path / "some").glob("checkpoint-*"))
-    with pytest.raises(SystemExit, match="arm='peer' cannot be resumed"):
-        finetune.main([*config, "--arm", "peer", "--peer_tau", "1", "--resume_from_checkpoint", "true"])
+    options = ["--arm", "peer", "--peer_tau", "1", "--resume_from_checkpoint", str(tmp_path / "seen" / "checkpoint-4")]
+    with pytest.raises(ValueError, match="arm='peer' cannot be resumed"):
+        train.prepare([*config, *options])
 
 
 def test_without_its_package_the_peer_is_refused(config: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"arm='peer' needs the package grades: pip install 'grades-hf\[benchmarks\]'"):
-        finetune.prepare([*config, "--arm", "peer", "--peer_tau", "1"])
+        train.prepare([*config, "--arm", "peer", "--peer_tau", "1"])
 
 
 def test_observe_records_and_freezes_nothing(config: list[str], tmp_path: Path) -> None:
     plain = trained(config, tmp_path / "none", "--arm", "none")
-    seen = trained(config, tmp_path / "seen", "--observe", "--tau", "1e9")
+    seen = trained(config, tmp_path / "seen", "--observe", "true", "--tau", "1e9")
     assert equal(tmp_path / "none", tmp_path / "seen")
     assert seen["frozen"] == 0
     assert seen["compute"]["used"] == pytest.approx(plain["compute"]["used"])
@@ -231,34 +229,32 @@ def test_observe_records_and_freezes_nothing(config: list[str], tmp_path: Path) 
     ("options", "message"),
     [
         (["--arm", "all"], "arm='all' is unknown; use one of grades, none"),
-        (["--arm", "grades", "--no_grades"], "arm='grades' contradicts grades=False"),
-        (["--arm", "es", "--holdout_samples", "0"], "arm='es' needs rows to validate on: set holdout_samples"),
+        (["--arm", "es", "--held_out_rows", "0"], "arm='es' needs rows to validate on: set held_out_rows"),
         (["--arm", "peer"], "peer_tau is missing"),
-        (["--arm", "none", "--observe"], "does not go together with arm='none'"),
+        (["--arm", "none", "--observe", "true"], "observe=True records the statistic of GradES; arm='none' has none"),
         (["--arm", "stop", "--alpha", "0"], "must be a number in (0, 1]: the part of the steps that arm='stop' makes"),
         (["--task", "siqa,siqa"], "must name each benchmark once"),
-        (["--task", "siqa,squad"], "task='squad' is unknown"),
     ],
 )
-def test_what_cannot_be_is_refused(options: list[str], message: str, config: list[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as refused:
-        finetune.main([*config, *options])
-    assert message in str(refused.value)
-    assert not (tmp_path / "run").exists()
+def test_what_cannot_be_is_refused(options: list[str], message: str, config: list[str]) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.prepare([*config, *options])
 
 
-def test_the_mixture_holds_no_row_of_any_evaluation_split(tmp_path: Path) -> None:
-    """ARC's two parts share questions: what one evaluates on, the other may not train on."""
-    folder = all_tasks_dir(tmp_path)
-    easy, challenge = (load_split(find_task(name), "train", str(folder)) for name in ("arc_easy", "arc_challenge"))
-    test = load_split(find_task("arc_challenge"), "validation", str(folder))
-    test.rows.append({**easy.rows[0], "id": "other"})
-    tasks = [find_task("arc_easy"), find_task("arc_challenge")]
-    train = Split([*mark(tasks[0], easy.rows), *mark(tasks[1], challenge.rows)], "both")
-    rows = training_rows(mixed(tasks), train, Split(mark(tasks[1], test.rows), "test"), None, seed=0)
-    assert len(rows) == len(train.rows) - 1
-    assert {row["task"] for row in rows} == {"arc_easy", "arc_challenge"}
-    assert {"task": "arc_easy", "row": easy.rows[0]} not in rows
+def test_the_newest_complete_checkpoint_is_resumed_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    states = {9: '{"global_step": 9}', 12: '{"global_step": 12}', 15: '{"global_st', 18: None}
+    for step, state in states.items():
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-best").mkdir()
+    with caplog.at_level("INFO", logger="recipes"):
+        assert train.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
+    messages = [record.getMessage() for record in caplog.records]
+    assert [("checkpoint-18" in m, "checkpoint-15" in m, "Resuming from" in m) for m in messages] == [
+        (True, False, False), (False, True, False), (False, False, True),
+    ]  # fmt: skip
+    assert train.newest_checkpoint(tmp_path / "checkpoint-9") is None
 
 
 def test_arms_have_a_line_each() -> None:

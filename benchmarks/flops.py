@@ -7,8 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from grades_hf.flops import ComputeMeter
-from grades_hf.freezer import unwrap_optimizers
+from benchmarks.internals import ComputeMeter, unwrap_optimizers
 
 
 def compute(meter: ComputeMeter | None, planned_steps: int) -> dict[str, float]:

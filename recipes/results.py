@@ -1,0 +1,47 @@
+"""What a run did, in a few sentences, and two runs side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def tell(results: dict[str, Any]) -> list[str]:
+    """What a run did, in a few sentences."""
+    ran, planned = results["steps_run"], results["steps_planned"]
+    lines = [f"Training made {ran} of {planned} planned steps in {results['seconds']['training']:.0f} s."]
+    if "frozen" in results:
+        steps, number = sorted(results["frozen"].values()), results["components"]
+        when = f", the first at step {steps[0]} and the last at step {steps[-1]}" if steps else ""
+        lines.append(f"GradES froze {len(steps)} of {number} matrices{when}.")
+        if ran < planned:
+            lines.append(f"It ended the run {planned - ran} steps early.")
+        elif not steps and results["tau"] is None:
+            lines.append("It saw no reason to end the run early, so all steps were trained as planned.")
+    if "compute" in results:
+        lines.append(f"The run used {1 - results['compute']['saved']:.1%} of the compute of all planned steps.")
+    for name, form in (("loss", ".3f"), ("acc", ".1%"), ("acc_norm", ".1%")):
+        parts = [
+            f"{results['evaluation'][when][name]:{form}} {when}"
+            for when in ("before", "after")
+            if name in results["evaluation"].get(when, {})
+        ]
+        if parts:
+            what = "The loss on the held-out rows" if name == "loss" else f"{name} on {results['evaluation']['task']}"
+            lines.append(f"{what} is {' and '.join(parts)} training.")
+    return lines
+
+
+def side_by_side(ours: dict[str, Any], plain: dict[str, Any]) -> list[str]:
+    """A table of a run with GradES and the same run without."""
+    table: list[tuple[str, ...]] = [
+        ("", "with GradES", "without"),
+        ("steps", str(ours["steps_run"]), str(plain["steps_run"])),
+    ]
+    if "compute" in ours:
+        table.append(("compute", f"{1 - ours['compute']['saved']:.2f}", "1.00"))
+    table.append(("training time", *(f"{run['seconds']['training']:.0f} s" for run in (ours, plain))))
+    for name, form in (("loss", ".3f"), ("acc", ".1%"), ("acc_norm", ".1%")):
+        if name in ours["evaluation"]["after"]:
+            cells = (f"{run['evaluation']['after'][name]:{form}}" for run in (ours, plain))
+            table.append(("held-out loss" if name == "loss" else name, *cells))
+    return [f"{what:15}{one:>12}{other:>12}" for what, one, other in table]
