@@ -50,7 +50,7 @@ def _csv(history: History, file: Any) -> None:
     for start in range(0, len(history.steps), CHUNK):
         steps = history.steps[start : start + CHUNK]
         for step, row in zip(steps, history.to_numpy(start, start + len(steps)), strict=True):
-            file.write(line([step, *("" if value != value else value for value in row.tolist())]))
+            file.write(line([step, *("" if value == "nan" else value for value in row.astype(str).tolist())]))
 
 
 def _parquet(history: History, file: Any) -> None:

@@ -347,6 +347,10 @@ class History:
         history._take(Rows.of(schema.narrow(rows)))
         return history
 
+    def __repr__(self) -> str:
+        last = f", the last at step {self.steps[-1]}" if self.steps else ""
+        return f"<History of {len(self.components)} components: {len(self.steps)} checks{last}>"
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy holds its values in memory, and leaves the file alone."""
         kept = ("steps", "earlier_seconds", "_ends", "_exact")

@@ -90,7 +90,8 @@ class Journal:
         Raises:
             OSError: it cannot be written; what was there before still is.
         """
-        note = self._note(history, {"format": FORMAT, **Journal()._news(history)})
+        everything = {key: [0, getattr(history, key)] for key in schema.LISTS} | Journal()._news(history)
+        note = self._note(history, {"format": FORMAT, **everything})
         file, batches = File.create(path, history._rows.batches(history.steps, note))
         if keep:
             history._rows.moved(file, batches)

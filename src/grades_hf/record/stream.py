@@ -197,8 +197,11 @@ class File:
 
 def _batch(batch: Any, body: Any, end: int) -> Batch:
     steps, values, notes = (batch.column(index) for index in range(3))
+    if not len(steps):
+        return Batch([], 0, 0, [])
     before, number = steps.null_count, len(steps) - steps.null_count
-    offsets = values.offsets.to_numpy()
+    limits = values.offsets  # not to_numpy(), which imports pandas
+    offsets = np.frombuffer(limits.buffers()[1], dtype=np.int32)[limits.offset : limits.offset + len(limits)]
     lengths = np.diff(offsets)
     width = int(lengths[-1]) if number else 0
     buffer = values.values.buffers()[1] if number and width else None
