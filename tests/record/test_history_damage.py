@@ -94,6 +94,7 @@ DAMAGE = {
     "a group that is none": (("components", 0, "group"), None),
     "an adapter that is a text": (("components", 0, "adapter"), "no"),
     "an event of no component": (("events", 0, "name"), "x"),
+    "an event of a list": (("events", 0, "name"), ["layers.0.q_proj"]),
     "an event that is a list": (("events", 0), []),
     "an event at no step": (("events", 0, "step"), 0.5),
     "frozen twice": (("events", 1, "name"), "layers.1.q_proj"),

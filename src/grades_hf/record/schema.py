@@ -32,7 +32,9 @@ def parse(text: str | bytes) -> Any:
     try:
         return json.loads(text, parse_constant=_no_number)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError("the file is damaged: it is nested too deeply.") from error
+    except ValueError as error:
+        raise ValueError(f"the file is damaged: {error}.") from error
 
 
 def visible(text: str) -> str:
@@ -256,7 +258,7 @@ def _component(data: Any, where: str) -> dict[str, Any]:
 def _event(data: Any, where: str, names: set[str]) -> dict[str, Any]:
     item = _object(data, where)
     count(item.get("step"), f"{where}.step", 1)
-    if item.get("name") not in names:
+    if _text(item.get("name"), f"{where}.name") not in names:
         _fail(f"{where}.name", item.get("name"), "the name of a component")
     for key in ("value", "tau"):
         if key not in item:
