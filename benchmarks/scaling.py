@@ -3,11 +3,11 @@
     python -m benchmarks.scaling
     python -m benchmarks.scaling --parts history
 
-**history**: a run is recorded as a trainer does it, with a log every ten steps and a checkpoint every 500 (or 100). In a
-process of its own for each size: bytes on disk, CPU time of a recorded check and of a checkpoint's save, memory beyond
-that of the process before, and CPU time of what reads the record (`status`, a plot, a resume). Values are random and
-nothing freezes, which is the most that a record can hold. "json" is the format of version 0.1, which was rewritten at
-each save, measured on a fiftieth of the checks and multiplied.
+**history**: a run is recorded as a trainer does it, with a log every ten steps and a checkpoint every 500 (or 100) of
+them. In a process of its own for each size: bytes on disk, CPU time of a recorded check and of a checkpoint's save,
+memory beyond that of the process before, and CPU time of what reads the record (`status`, a plot, a resume). Values are
+random and nothing freezes, which is the most that a record can hold. "json" is the format of version 0.1, which was
+rewritten at each save, measured on a fiftieth of the checks and multiplied.
 
 Writes benchmarks/results/scaling.json; parts that were not run keep their figures.
 """
@@ -147,8 +147,8 @@ def history_part(options: argparse.Namespace) -> list[dict[str, Any]]:
         common.say(
             f"{row['checks']:,} checks x {row['components']:,}: {row['disk_mb']:.0f} MB on disk (json "
             f"{row['json']['disk_mb']:.0f}), {row['save_seconds']['median']:.3f} s of CPU a save, at most "
-            f"{row['save_seconds']['max']:.3f} (json {row['json']['save_seconds']:.1f}), {row['peak_memory_mb']:.0f} MB of "
-            f"memory, {row['record_microseconds']:.0f} us a check, sampled in "
+            f"{row['save_seconds']['max']:.3f} (json {row['json']['save_seconds']:.1f}), "
+            f"{row['peak_memory_mb']:.0f} MB of memory, {row['record_microseconds']:.0f} us a check, sampled in "
             f"{row['reading_seconds'][f'sampled({DRAWN})']:.2f} s"
         )
     return found

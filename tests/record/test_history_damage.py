@@ -1,4 +1,4 @@
-"""Hostile and damaged files: one ValueError of one sentence, or what is whole; never another exception, never a crash."""
+"""Hostile and damaged files: one ValueError of one sentence, or what is whole; never another exception."""
 
 from __future__ import annotations
 
@@ -43,6 +43,12 @@ def read_all(history: History) -> None:
     assert History.from_dict(json.loads(text)).to_dict() == history.to_dict()
     text.encode()
     assert all(schema.visible(found) == found for found in strings(history.to_dict()))
+
+
+def one_sentence(error: ValueError) -> None:
+    """Nothing but a ValueError, and nothing that writes to a terminal."""
+    assert type(error) is ValueError
+    assert str(error).isprintable()
 
 
 def strings(value: Any) -> list[str]:
@@ -222,7 +228,7 @@ def paths(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 PATHS = [
     path
     for path in paths(VALID)
-    if path[0] not in ("values", "steps") or len(path) < 3 and path[-1] in (0, 1, "layers.0.q_proj", "values", "steps")
+    if path[0] not in ("values", "steps") or (len(path) < 3 and path[-1] in (*path[:1], 0, 1, "layers.0.q_proj"))
 ]
 LENIENT = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -241,8 +247,7 @@ def test_fuzzed_json(changes, tmp_path):
     try:
         history = load(data, tmp_path)
     except ValueError as error:
-        assert type(error) is ValueError
-        assert str(error).isprintable()
+        one_sentence(error)
     else:
         read_all(history)
 
@@ -269,8 +274,7 @@ def test_fuzzed_bytes(data, tmp_path):
     try:
         history = History.load(tmp_path / "h.arrow")
     except ValueError as error:
-        assert type(error) is ValueError
-        assert str(error).isprintable()
+        one_sentence(error)
     else:
         read_all(history)
 
@@ -289,8 +293,7 @@ def test_fuzzed_notes(changes, tmp_path):
     try:
         found = History.load(tmp_path)
     except ValueError as error:
-        assert type(error) is ValueError
-        assert str(error).isprintable()
+        one_sentence(error)
     else:
         read_all(found)
 
@@ -308,7 +311,6 @@ def test_fuzzed_parquet(place, value, number, tmp_path):
     try:
         history = History.load(path)
     except ValueError as error:
-        assert type(error) is ValueError
-        assert str(error).isprintable()
+        one_sentence(error)
     else:
         read_all(history)

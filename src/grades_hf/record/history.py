@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import sys
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import exports, schema
+from .description import described, versions_of_run
 from .journal import FILE_NAME, Journal, read
 from .series import Columns, Sampled, Values, sample
 from .storage import WINDOW, Rows
@@ -81,6 +80,7 @@ class History:
         self._ends: dict[str, int] = {}  # length of a series that is shorter than the record
         self._named: list[str] | None = None  # the components of the last check, and where they are in a row
         self._live: Any = slice(None)
+        self._label: list[tuple[str, str]] | None = None
         self._final = np.empty(0, dtype=np.float32)  # the last value of each series
         self._exact: Mapping[str, Sequence[float | None]] | None = None  # as an older version has compared them
         self._journal, self._window = Journal(), WINDOW
@@ -97,7 +97,7 @@ class History:
         cls, components: Iterable[Component], config: dict[str, Any], *, total_steps: int, t_grace: int
     ) -> History:
         """An empty history of these components."""
-        return cls(config, total_steps, t_grace, [_described(c) for c in components], versions=_versions())
+        return cls(config, total_steps, t_grace, [described(c) for c in components], versions=versions_of_run())
 
     # --- recording -----------------------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ class History:
 
     def add_components(self, components: Iterable[Component]) -> None:
         """Components that are tracked from now on; for the checks so far they have no value."""
-        more = [_described(component) for component in components]
+        more = [described(component) for component in components]
         self.components = [*self.components, *more]
         self._rows.grow(len(more))
         self._places, self._named = self._index(), None
@@ -283,19 +283,22 @@ class History:
 
     def checksum(self) -> int:
         """Differs between runs: over the last check and the last value of every component."""
+        number = len(self.steps)
         if self._exact is not None:
-            number = len(self.steps)
             last = {
                 name: schema.plain(list(series[: self._ends.get(name, number)][-1:]))
                 for name, series in self._exact.items()
             }
-        else:
-            ends, finals = self._ends, self._final.tolist()
-            last = {
-                name: [schema.plain(finals[place])] if self.steps and ends.get(name, 1) else []
-                for name, place in self._places.items()
-            }
-        return zlib.crc32(json.dumps([self.steps[-1:], last], sort_keys=True).encode())
+            text = json.dumps([self.steps[-1:], last], sort_keys=True)
+        else:  # the same text, without ten thousand lists on the way
+            finals, ends = self._final.tolist(), self._ends
+            series = []
+            for name, label in self._labels():
+                value = finals[self._places[name]]
+                known = "" if not ends.get(name, number) else repr(value) if value == value else "null"
+                series.append(f"{label}: [{known}]")
+            text = f"[{self.steps[-1:]}, {{{', '.join(series)}}}]"
+        return zlib.crc32(text.encode())
 
     def to_dict(self, *, values: bool = True) -> dict[str, Any]:
         """Everything as plain JSON types; numbers that are not finite become None. `values=False`: all but those."""
@@ -358,7 +361,7 @@ class History:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update({key: list(v) if isinstance(v, list) else v for key, v in state.items() if key != "rows"})
-        self._journal, self._window = Journal(), WINDOW
+        self._journal, self._window, self._label = Journal(), WINDOW, None
         self._places = self._index()
         self._take(Rows.of(state["rows"]))
 
@@ -366,6 +369,12 @@ class History:
 
     def _index(self) -> dict[str, int]:
         return {component["name"]: place for place, component in enumerate(self.components)}
+
+    def _labels(self) -> list[tuple[str, str]]:
+        """The names in alphabetical order, each with its text in JSON."""
+        if self._label is None or len(self._label) != len(self._places):
+            self._label = [(name, json.dumps(name)) for name in sorted(self._places)]
+        return self._label
 
     def _take(self, rows: Rows) -> None:
         """These are the rows now."""
@@ -383,19 +392,3 @@ class History:
 
 def _arrow(path: Path) -> Path:
     return path if path.suffix == ".arrow" and not path.is_dir() else path / FILE_NAME
-
-
-def _described(c: Component) -> dict[str, Any]:
-    return {
-        "name": c.name, "group": c.group, "projection": c.projection, "layer": c.layer, "tower": c.tower,
-        "adapter": c.adapter, "numel": c.numel, "monitor": c.monitor, "tau": c.tau,
-    }  # fmt: skip
-
-
-def _versions() -> dict[str, str]:
-    """Of Python, of this package, and of those of its field that have been imported."""
-    from .. import __version__
-
-    names = ("torch", "transformers", "peft", "accelerate", "trl", "lightning", "bitsandbytes")
-    loaded = {name: str(sys.modules[name].__version__) for name in names if name in sys.modules}
-    return {"python": platform.python_version(), "grades_hf": __version__, **loaded}

@@ -40,6 +40,13 @@ def _schema() -> Any:
     return pa.schema(fields, metadata={MARK: b"2"})
 
 
+def _array(kind: Any, length: int, buffers: list[Any], **more: Any) -> Any:
+    """An Arrow array of these buffers; `pyarrow.array` would import pandas."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(kind, length, [None if b is None else pa.py_buffer(b) for b in buffers], **more)
+
+
 class File:
     """An open Arrow stream. It stays readable when something else deletes or replaces it.
 
@@ -111,13 +118,23 @@ class File:
         import pyarrow as pa
 
         number, width = rows.shape
-        more = int(note is not None)
-        offsets = np.maximum(np.arange(-more, number + 1), 0) * width
-        values = pa.array(np.ascontiguousarray(rows).reshape(-1))
+        text = b"" if note is None else note.encode()
+        before = int(note is not None)
+        is_check = np.packbits(np.arange(before + number) >= before, bitorder="little")
+        is_note = np.packbits(np.arange(before + number) < before, bitorder="little")
+        places = np.arange(before + number + 1) - before
+        numbers = _array(pa.float32(), number * width, [None, np.ascontiguousarray(rows)])
         columns = [
-            pa.array([*[None] * more, *steps], pa.int64()),
-            pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values),
-            pa.array([*[note] * more, *[None] * number], pa.utf8()),
+            _array(pa.int64(), before + number, [is_check, np.array([0] * before + list(steps), dtype=np.int64)]),
+            _array(
+                pa.list_(pa.float32()),
+                before + number,
+                [None, (np.maximum(places, 0) * width).astype(np.int32)],
+                children=[numbers],
+            ),
+            _array(
+                pa.utf8(), before + number, [is_note, np.where(places > -before, len(text), 0).astype(np.int32), text]
+            ),
         ]
         schema = _schema()
         message = pa.record_batch(columns, schema=schema).serialize()
