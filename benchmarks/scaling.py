@@ -33,6 +33,12 @@ DRAWN = 1_000  # checks that a plot asks for
 JSON_PART = 50
 
 
+class Options(argparse.Namespace):
+    """The options of the command; device and shape are none of them."""
+
+    device, shape = "cpu", "smollm2-135m"
+
+
 @dataclass(eq=False)
 class Made:
     """A component of no model, as far as a record asks."""
@@ -98,11 +104,13 @@ def record(checks: int, components: int, every: int, folder: Path) -> dict[str, 
     with cpu(reading, "all values"):
         sum(len(list(series)) for series in loaded.values.values())
     del history, loaded
+    before = memory()
     with cpu(reading, "resume"):
         earlier, resumed = History.load(folder), begin()
         earlier.truncate(checks - every // 2)
         resumed.adopt(earlier)
         resumed.open(folder)
+    found["resume_memory_mb"] = (memory("VmHWM") - before) / 1e6
     found["reading_seconds"] = reading
     del earlier, resumed
     part = begin()
@@ -148,7 +156,7 @@ def history_part(options: argparse.Namespace) -> list[dict[str, Any]]:
             f"{row['checks']:,} checks x {row['components']:,}: {row['disk_mb']:.0f} MB on disk (json "
             f"{row['json']['disk_mb']:.0f}), {row['save_seconds']['median']:.3f} s of CPU a save, at most "
             f"{row['save_seconds']['max']:.3f} (json {row['json']['save_seconds']:.1f}), "
-            f"{row['peak_memory_mb']:.0f} MB of memory, {row['record_microseconds']:.0f} us a check, sampled in "
+            f"{row['peak_memory_mb']:.0f} MB of memory ({row['resume_memory_mb']:.0f} at a resume), {row['record_microseconds']:.0f} us a check, sampled in "
             f"{row['reading_seconds'][f'sampled({DRAWN})']:.2f} s"
         )
     return found
@@ -158,18 +166,18 @@ def history_part(options: argparse.Namespace) -> list[dict[str, Any]]:
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {"history": history_part}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> Path | None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--divide", type=int, default=1, help="divide the number of checks by this (for tests)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="folder for the JSON file")
     parser.add_argument("--record", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    options = parser.parse_args(argv, Options())
     if options.record is not None:
         checks, components, every = map(int, options.record[:3])
         sys.stdout.write(json.dumps(record(checks, components, every, Path(options.record[3]))) + "\n")
-        return
+        return None
     import torch
 
     from benchmarks import common
@@ -181,8 +189,9 @@ def main(argv: list[str] | None = None) -> None:
     results = json.loads(file.read_text(encoding="utf-8"))["results"] if file.is_file() else {}
     for part in options.parts:
         results[part] = {"commit": common.commit(), "figures": PARTS[part](options)}
-    options.device, options.shape = "cpu", "smollm2-135m"
-    common.say(f"Written: {common.write('scaling', results, options, 'pyarrow')}")
+    path = common.write("scaling", results, options, "pyarrow")
+    common.say(f"Written: {path}")
+    return path
 
 
 if __name__ == "__main__":

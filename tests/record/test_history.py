@@ -91,6 +91,20 @@ def test_parquet_has_a_row_for_each_value(history, tmp_path):
     assert found == history.values[NAMES[1]][3]
 
 
+def test_parquet_of_0_1_0_is_read(history, tmp_path):
+    import pyarrow as pa
+
+    series = {name: list(values) for name, values in history.values.items()}
+    columns = {
+        "name": [name for name, values in series.items() for _ in values],
+        "step": [step for values in series.values() for step in history.steps[: len(values)]],
+        "value": pa.array([value for values in series.values() for value in values], pa.float64()),
+    }
+    frame = history.to_dict() | {"values": {name: [] for name in series}}
+    pq.write_table(pa.table(columns).replace_schema_metadata({"grades_hf": json.dumps(frame)}), tmp_path / "h.parquet")
+    assert made.same(History.load(tmp_path / "h.parquet"), history)
+
+
 def test_csv_and_pandas_have_a_row_for_each_check(history, tmp_path):
     import pandas as pd
 

@@ -391,4 +391,5 @@ class History:
 
 
 def _arrow(path: Path) -> Path:
-    return path if path.suffix == ".arrow" and not path.is_dir() else path / FILE_NAME
+    """The Arrow file that a path stands for, wherever the process may go."""
+    return (path if path.suffix == ".arrow" and not path.is_dir() else path / FILE_NAME).absolute()
