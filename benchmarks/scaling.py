@@ -156,7 +156,8 @@ def history_part(options: argparse.Namespace) -> list[dict[str, Any]]:
             f"{row['checks']:,} checks x {row['components']:,}: {row['disk_mb']:.0f} MB on disk (json "
             f"{row['json']['disk_mb']:.0f}), {row['save_seconds']['median']:.3f} s of CPU a save, at most "
             f"{row['save_seconds']['max']:.3f} (json {row['json']['save_seconds']:.1f}), "
-            f"{row['peak_memory_mb']:.0f} MB of memory ({row['resume_memory_mb']:.0f} at a resume), {row['record_microseconds']:.0f} us a check, sampled in "
+            f"{row['peak_memory_mb']:.0f} MB of memory ({row['resume_memory_mb']:.0f} at a resume), "
+            f"{row['record_microseconds']:.0f} us a check, sampled in "
             f"{row['reading_seconds'][f'sampled({DRAWN})']:.2f} s"
         )
     return found

@@ -135,8 +135,6 @@ class Journal:
 
 def _loose_ends(history: History) -> dict[str, int]:
     """Component name -> length of its series, of those that end without having frozen."""
-    if len(history._ends) == len(history.events):
-        return {}
     frozen = history.frozen
     return {name: end for name, end in history._ends.items() if name not in frozen}
 
