@@ -69,6 +69,26 @@ def test_a_save_costs_what_came_since_the_last_one(tmp_path, monkeypatch):
     assert len(sizes) == 19  # nothing has come since
 
 
+def test_what_changes_in_the_middle_is_written_too(tmp_path):
+    history = written(tmp_path, range(1, 11))
+    history.record_log({"step": 10, "seconds": 9.0, "frozen": 1, "compute_saved": 0.5})
+    history.events = [{**event, "tau": 0.75} for event in history.events]
+    assert history.flush()
+    assert made.same(History.load(tmp_path), history)
+    history.truncate(6)
+    assert history.flush()
+    assert made.same(History.load(tmp_path), history)
+    history.truncate(5)
+    made.go_on(history, range(6, 9))
+    history.events[0]["tau"] = 0.5
+    assert history.flush()
+    assert History.load(tmp_path).steps == list(range(1, 9))
+    assert made.same(made.resumed(tmp_path, 4), made.go_on(made.empty(), range(1, 5))) is False  # of the tau
+    again = made.go_on(made.resumed(tmp_path, 3), range(4, 9))
+    assert again.flush()
+    assert made.same(History.load(tmp_path), made.go_on(made.empty(), range(1, 9)))
+
+
 def test_values_beyond_a_window_are_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "WINDOW", 4 * 5 * 10)
     monkeypatch.setattr("grades_hf.record.history.WINDOW", 4 * 5 * 10)

@@ -35,6 +35,7 @@ class Journal:
     def __init__(self) -> None:
         self.file: File | None = None
         self.written: dict[str, Any] = {}
+        self._seen: dict[str, list[Any]] = {}  # the lists that were written; only their last items can have changed
         self._last_write, self._failed = 0.0, False
 
     def open(self, history: History, path: Path) -> None:
@@ -43,16 +44,15 @@ class Journal:
         if rows.file is None or not rows.file.is_at(path):
             self.create(history, path, keep=True)
             return
-        more = {}
         if rows.stale:
             try:
                 self.create(history, path, keep=True)
                 return
             except OSError:  # no room for a second file: this one is told what does not count
-                more = {"cut": rows.count}
+                pass
         rows.file.writable()
         self.file = rows.file
-        self.append(history, more)
+        self.append(history)
 
     def flush(self, history: History, *, urgent: bool) -> bool:
         """See `History.flush`."""
@@ -69,7 +69,7 @@ class Journal:
         self._failed, self._last_write = False, now
         return True
 
-    def append(self, history: History, more: Mapping[str, Any] | None = None, *, durable: bool = True) -> None:
+    def append(self, history: History, *, durable: bool = True) -> None:
         """Add what the file does not say yet; a file that was deleted is written anew.
 
         Raises:
@@ -79,9 +79,12 @@ class Journal:
         if not os.path.lexists(self.file.path):
             self.create(history, self.file.path, keep=True)
             return
-        news = {**(more or {}), **self._news(history)}
-        if news or history._rows.waiting:
-            history._rows.write(self.file, history.steps, self._note(history, news) if news else None, durable=durable)
+        news, rows = self._news(history), history._rows
+        if rows.stale:
+            news["cut"] = rows.filed_count
+        if news or rows.waiting:
+            rows.write(self.file, history.steps, self._note(history, news) if news else None, durable=durable)
+            rows.stale = 0
             self.remember(history)
 
     def create(self, history: History, path: Path, *, keep: bool) -> None:
@@ -100,7 +103,10 @@ class Journal:
 
     def remember(self, history: History) -> None:
         """The file says now what the history says."""
-        self.written = {key: list(getattr(history, key)) for key in schema.LISTS}
+        for key in schema.LISTS:
+            now, place = getattr(history, key), self._place(history, key)
+            self.written.setdefault(key, [])[place:] = now[place:]
+            self._seen[key] = now
         for key in schema.SINGLE:
             value = getattr(history, key)
             self.written[key] = dict(value) if isinstance(value, dict) else value
@@ -110,8 +116,7 @@ class Journal:
         """What the file does not say of the frame; a note for `schema.merge`."""
         news: dict[str, Any] = {}
         for key in schema.LISTS:
-            before, now = self.written.get(key, []), getattr(history, key)
-            place = schema.first_difference(before, now)
+            before, now, place = self.written.get(key, []), getattr(history, key), self._place(history, key)
             if place < max(len(before), len(now)):
                 news[key] = [place, now[place:]]
         for key in schema.SINGLE:
@@ -120,6 +125,13 @@ class Journal:
         if (ends := _loose_ends(history)) != self.written.get("ends", {}):
             news["ends"] = ends
         return news
+
+    def _place(self, history: History, key: str) -> int:
+        """From where on the file does not say what a list of the history does."""
+        before: list[Any] = self.written.get(key, [])
+        now: list[Any] = getattr(history, key)
+        known = self._seen.get(key) is now and len(now) >= len(before) > 0
+        return schema.first_difference(before, now, len(before) - 1 if known else 0)
 
     @staticmethod
     def _note(history: History, news: Mapping[str, Any]) -> str:

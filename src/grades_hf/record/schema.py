@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -378,11 +378,10 @@ def _fail(where: str, found: Any, wanted: str) -> NoReturn:
     raise ValueError(f"this GradES history is damaged: {visible(where)} is {shown}, not {wanted}.")
 
 
-def first_difference(before: Sequence[Any], after: Iterable[Any]) -> int:
-    """The first position at which `after` goes on differently."""
-    place = 0
-    for old, new in zip(before, after, strict=False):
+def first_difference(before: Sequence[Any], after: Sequence[Any], start: int = 0) -> int:
+    """The first position from `start` on at which `after` goes on differently."""
+    for place in range(start, min(len(before), len(after))):
+        old, new = before[place], after[place]
         if old is not new and old != new:
-            break
-        place += 1
-    return place
+            return place
+    return min(len(before), len(after))

@@ -21,7 +21,7 @@ class Rows:
         width: Components known now; rows from before a component was known have NaN for it.
         count: The number of rows.
         file: Where rows are written, None if everything stays in memory.
-        stale: Rows of the file that were cut off and are still in it.
+        stale: Rows of the file that were cut off, and still count for who reads it.
     """
 
     def __init__(self, width: int) -> None:
@@ -95,6 +95,11 @@ class Rows:
                 column.append(value)
             self._filed += len(batch.steps)
             self.count = max(self.count, self._filed)
+
+    @property
+    def filed_count(self) -> int:
+        """The number of rows that are in the file."""
+        return self._filed
 
     @property
     def waiting(self) -> int:
