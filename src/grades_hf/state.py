@@ -62,7 +62,7 @@ def save(engine: GradES, *, tensors: bool) -> dict[str, Any]:
     }
     if tensors:
         parameters = {parameter: name for name, parameter in engine.model.named_parameters()}
-        state["history"] = engine.history.to_dict()
+        state["history"] = engine.history.state_dict()
         state["previous"] = {
             component.name: [engine.statistics[component.monitor].previous.get(p) for p in component.measured]
             for component in engine.live
