@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from ..contracts import Extension, Run, Step, Trait
-from ..find.components import Component
+from ..find.components import Component, unwrap
+from ..find.structure import sequential_blocks
 from ..hooks import hook
 from .counter import FlopCounter, count_backward, enter, leave
 from .savings import Savings
+from .sizes import Sizes
 
 COUNT_EVERY = 25  # steps for each counted one, on average at least
 RECOUNT_AFTER = 100  # steps after which one is counted though nothing has changed
+FORMAT = 2
+
+Vector = dict[str, float]  # by what the FLOPs grow with, see `Sizes.end`
+
+_requires_grad = attrgetter("requires_grad")
 
 
 @dataclass
@@ -31,49 +40,59 @@ class _Tally:
     Attributes:
         steps: Optimizer steps seen.
         counted: Of them counted ones.
+        last: The number of the last counted one.
         trainable: Trainable tensors when nothing was frozen; 0 before the first step.
-        used: FLOPs of all steps.
-        before: FLOPs of the steps with nothing frozen.
-        forward: FLOPs that the forward passes of the other steps would have cost with nothing merged.
-        merged: FLOPs that merging saved in these forward passes.
+        sizes: Of all steps.
+        flops: Of the counted steps with nothing frozen.
+        forward: The forward passes' part of `flops`.
+        base: Sizes of these steps.
+        components: Name -> forward FLOPs in these steps.
+        routed: Kinds of layers that get inputs of uneven sizes -> the kind whose size stands for theirs.
         weights: FLOPs of the weight gradients that were saved.
-        unfrozen: FLOPs and forward FLOPs of the counted steps with nothing frozen.
-        base: Input elements of the first counted step.
-        components: Name -> forward FLOPs in the first counted step.
-        last: FLOPs, forward FLOPs and input elements of the last counted step.
-        last_set: The state of the model in it: trainable tensors, and FLOPs (of `components`) frozen and merged.
-        last_step: Its number.
+        merged: FLOPs that merging saved in forward passes.
+        inputs: FLOPs of the rest of backward that were saved.
+        rate: The last figure of `inputs`, for each unit of a size.
+        state: The state of the model in the last step: trainable tensors, frozen and merged components.
+        known: The state that `rate` is of.
+        waiting: Sizes of the steps in `state`, which has not been counted yet.
+        between: Sizes of the steps in states before it that never were.
     """
 
     steps: int = 0
     counted: int = 0
+    last: int = 0
     trainable: int = 0
-    used: float = 0.0
-    before: float = 0.0
-    forward: float = 0.0
-    merged: float = 0.0
+    sizes: Vector = field(default_factory=dict)
+    flops: Vector = field(default_factory=dict)
+    forward: Vector = field(default_factory=dict)
+    base: Vector = field(default_factory=dict)
+    components: Vector = field(default_factory=dict)
+    routed: dict[str, str] = field(default_factory=dict)
     weights: float = 0.0
-    unfrozen: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
-    base: int = 0
-    components: dict[str, int] = dataclasses.field(default_factory=dict)
-    last: list[int] = dataclasses.field(default_factory=lambda: [0, 0, 0])
-    last_set: list[int] = dataclasses.field(default_factory=lambda: [0, 0, 0])
-    last_step: int = 0
+    merged: float = 0.0
+    inputs: float = 0.0
+    rate: Vector = field(default_factory=dict)
+    state: list[int] = field(default_factory=list)
+    known: list[int] = field(default_factory=list)
+    waiting: Vector = field(default_factory=dict)
+    between: Vector = field(default_factory=dict)
 
 
 class Meter(Extension):
-    """Counts what some steps of a run compute, and derives the others from them.
+    """Counts what some steps of a run compute, and derives the others from the sizes of their inputs.
 
     A step is counted first of all, and when what is trained has changed, but on average at most one in 25; besides,
-    one after 100 steps without. Counting changes no bit. A step between costs, for each input element (batch times
-    padded length), what the last counted one cost, less the weight gradients of what has frozen since, as they are counted.
+    one after 100 steps without. Counting changes no bit. In it, FLOPs are told apart by what they grow with (`Sizes`):
+    the input of a layer, or the inputs of the two layers that attention mixes. These sizes are read in every step, so
+    steps of any length cost what the counted ones cost for each unit of each size.
+
+    A step with nothing frozen would have cost the sizes times the figures of the counted steps with nothing frozen. A
+    frozen matrix saves as much as its product in the forward pass, a merged adapter twice as much besides. What else is
+    missing in a counted step is input gradients; where what is trained changes between two counted steps, the later
+    one's figure holds from its last change on, and the mean of the two before.
 
     The FLOPs are counted by a dispatch mode. It is active in the model's forward pass, and from then on only while a
     node of that pass's autograd graph runs: never between them, so that no error leaves it behind.
-
-    What a step would have cost with nothing frozen: forward work does not depend on what is frozen, so it is the
-    step's forward FLOPs (with what merging saved of them) times r, with r = (all FLOPs) / (forward FLOPs) of the
-    counted steps with nothing frozen.
 
     Attributes:
         reason: Why nothing can be told, or None.
@@ -87,53 +106,52 @@ class Meter(Extension):
         self._taken = 0
 
     def attach(self, run: Run, undo: ExitStack) -> None:
-        model, merging = run.model, run.extension("merging")
-        self._merged: Callable[[], Collection[str]] = (lambda: merging.merged) if merging is not None else tuple  # type: ignore[attr-defined]
-        self._parameters = list(model.parameters())
+        merging = run.extension("merging")
+        self._merging: Callable[[], Collection[str]] = (lambda: merging.merged) if merging is not None else tuple  # type: ignore[attr-defined]
+        self._parameters = list(run.model.parameters())
         self._components = run.components
-        self._begun = False  # whether this step's first forward pass has begun
-        self._set = [-1, 0, 0]  # of this step, see `_Tally.last_set`
-        self._passes = 0  # input elements of this step
-        self._pass: int | None = None  # of the forward pass that is running
+        self._begun = self._inside = False  # this step's passes; inside of a backward pass
+        self._now: Vector = {}  # sizes of this step
+        self._off: tuple[Vector, Vector] | None = None  # what is frozen and merged: forward FLOPs for a unit of size
         self._counter: FlopCounter | None = None  # of this step, if it is counted
-        self._start = self._forward = 0  # FLOPs
-        self._owners = _owners(model, run.components)
-        self._inner: list[RemovableHandle] = []
+        self._forward: Counter[str] = Counter()  # FLOPs of its forward passes
+        self._sizes = Sizes(run.model)
+        self._owners, self._home = _owners(run.model, run.components, self._sizes)
+        towers = sequential_blocks(unwrap(run.model))
+        self._blocks = (f"{towers[0][0]}.*.", len(towers[0][1])) if len(towers) == 1 else ("", 0)
         undo.callback(self._close)
         if Trait.COMPILED in run.traits:
             self.reason = "the model is compiled (torch.compile), and what compiled code computes is not seen"
             return
-        undo.callback(hook(model, "forward_pre", self._before_forward, with_kwargs=True))
-        undo.callback(hook(model, "forward", self._after_forward, always_call=True))
+        undo.callback(hook(run.model, "forward_pre", self._before_forward, with_kwargs=True))
+        undo.callback(hook(run.model, "forward", self._after_forward, always_call=True))
+        self._sizes.attach(undo)
 
     @property
     def measured(self) -> bool:
         """Whether `savings` can tell something."""
-        return self.reason is None and self._tally.unfrozen[1] > 0
+        return self.reason is None and bool(self._tally.flops)
+
+    def on_grad_pattern(self) -> None:
+        self._off = None
 
     def on_step_end(self, step: Step) -> None:
         tally = self._tally
         tally.steps += 1
         if self._begun and self.reason is None:
-            flops, forward = self._cost()
-            tally.used += flops
-            frozen, merged = (part * self._passes / tally.base if part else 0.0 for part in self._set[1:])
-            if self._set[0] == tally.trainable and not merged:
-                tally.before += flops
-                if self._counter is not None:
-                    tally.unfrozen = [tally.unfrozen[0] + self._counter.total, tally.unfrozen[1] + self._forward]
-            else:
-                tally.forward += forward + merged
-                tally.merged += merged
-                tally.weights += frozen
-            if self._counter is not None:
-                self._end_counted(self._counter)
+            counter, self._counter = self._counter, None
+            rate = None
+            if counter is not None:
+                counter.stop()
+                rate = self._read(counter)
+            if self.reason is None:
+                self._add(rate)
         elif self.reason is None:
             self.reason = (
-                f"no forward pass of the model was seen at step {tally.steps}: it is compiled, or not called as "
-                "model(...) in training mode"
+                f"at step {tally.steps} the model was not seen to run in training mode with gradients: it is compiled, "
+                "not called as model(...), or it ran again inside of a backward pass"
             )
-        self._begun, self._passes = False, 0
+        self._begun, self._now = False, {}
 
     def savings(self, total_steps: int) -> Savings:
         """What is saved so far; `total_steps` are planned.
@@ -141,174 +159,273 @@ class Meter(Extension):
         Raises:
             RuntimeError: nothing can be told; the message says why.
         """
-        tally = self._tally
         if not self.measured:
             raise RuntimeError(f"savings are not measured: {self.reason or 'no optimizer step has been counted yet'}.")
-        full = tally.before + tally.forward * tally.unfrozen[0] / tally.unfrozen[1]
-        rest = full - tally.used - tally.weights - 2 * tally.merged
+        tally, full = self._tally, self._full(self._tally.sizes)
+        inputs = tally.inputs + sum(_dot(tally.rate, sizes) for sizes in (tally.waiting, tally.between))
         return Savings(
             steps=tally.steps,
             full=full,
-            used=tally.used,
+            used=full - tally.weights - inputs - 2 * tally.merged,
             weight_gradient=tally.weights,
-            input_gradient=rest,
+            input_gradient=inputs,
             adapter=2 * tally.merged,
             planned=full * total_steps / tally.steps,
         )
+
+    def shares(self) -> dict[str, float]:
+        """Component name -> its weight gradient's part of a step with nothing frozen, at the mean of the steps so far;
+        empty where nothing is measured."""
+        if not self.measured:
+            return {}
+        sizes, full = self._tally.sizes, self._full(self._tally.sizes)
+        return {name: each * sizes.get(key, 0.0) / full for name, (key, each) in self._weights().items()}
+
+    def block_shares(self) -> list[float]:
+        """The same of the input gradients of each block from the lowest up (attention and recomputation included), all
+        blocks alike; empty where nothing is measured, or the model has no or several sequences of blocks."""
+        (start, blocks), tally = self._blocks, self._tally
+        if not self.measured or not blocks:
+            return []
+        rest = {key: flops - tally.forward.get(key, 0.0) for key, flops in tally.flops.items() if start in key}
+        for key, each in self._weights().values():
+            if key in rest:
+                rest[key] -= each * tally.base[key]
+        return [_dot(_each(rest, tally.base), tally.sizes) / self._full(tally.sizes) / blocks] * blocks
 
     def take(self) -> int | None:
         """The model's FLOPs since the last call, the running step included; None where they are not counted."""
         if self.reason is not None or not (self._tally.counted or self._begun):
             return None
-        now = int(self._tally.used + (self._cost()[0] if self._begun else 0.0))
-        taken, self._taken = now - self._taken, now
+        if self._tally.counted:
+            running = self._full(self._now)
+            for off, factor in zip(self._off or ({}, {}), (1, 2), strict=True):
+                running -= factor * _dot(off, self._now)
+            running -= _dot(self._tally.rate, self._now)
+            now = int(running + (self.savings(1).used if self._tally.steps else 0.0))
+        else:
+            now = self._counter.total if self._counter is not None else 0
+        taken, self._taken = max(0, now - self._taken), max(now, self._taken)
         return taken
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; JSON types only."""
-        return {**dataclasses.asdict(self._tally), "reason": self.reason}
+        return {"format": FORMAT, "reason": self.reason, **dataclasses.asdict(self._tally)}
 
     def check(self, state: Mapping[str, Any]) -> tuple[_Tally, str | None]:
-        tally = _Tally(**{field.name: state[field.name] for field in dataclasses.fields(_Tally)})
+        if state["format"] != FORMAT:
+            return _Tally(), "the counts of the session before are lost: an earlier version of grades-hf made them"
+        tally, blank = {}, _Tally()
+        for part in dataclasses.fields(_Tally):
+            value, kind = state[part.name], getattr(blank, part.name)
+            if isinstance(kind, dict):
+                found: Any = {str(k): str(v) if part.name == "routed" else _number(v) for k, v in value.items()}
+            elif isinstance(kind, list):
+                found = [int(v) for v in value]
+            else:
+                found = int(value) if isinstance(kind, int) else _number(value)
+            tally[part.name] = found
         reason = state["reason"]
-        return tally, None if reason is None else str(reason)
+        return _Tally(**tally), None if reason is None else str(reason)
 
     def load(self, checked: tuple[_Tally, str | None]) -> None:
         self._tally, reason = checked
         self.reason = self.reason or reason
-        self._taken = int(self._tally.used)
+        self._off = None
+        self._taken = int(self.savings(1).used) if self.measured and self._tally.steps else 0
 
     def _close(self) -> None:
         """End the run; what was counted stays readable."""
         if self._counter is not None:
-            leave(self._counter)
-        for handle in self._inner:
-            handle.remove()
-        self._parameters, self._owners, self._components = [], [], []
-        self._merged = tuple
+            self._counter.stop()
+        self._counter = None
+        self._parameters, self._components, self._owners = [], [], {}
+        self._merging = tuple
+        del self._sizes
 
-    # --- one step ------------------------------------------------------------------------------------------------
+    # --- figures ---------------------------------------------------------------------------------------------------
 
-    def _state(self) -> list[int]:
-        """The state of the model now, see `_Tally.last_set`."""
-        flops, live = self._tally.components, sum(parameter.requires_grad for parameter in self._parameters)
-        frozen = (c for c in self._components if not any(p.requires_grad for p in c.parameters))
-        return [
-            live,
-            sum(flops.get(c.name, 0) for c in frozen) if live != self._tally.trainable else 0,
-            sum(flops.get(name, 0) for name in self._merged()),
-        ]
+    def _full(self, sizes: Vector) -> float:
+        """FLOPs of passes of these sizes with nothing frozen."""
+        return _dot(_each(self._tally.flops, self._tally.base), sizes)
+
+    def _weights(self) -> dict[str, tuple[str, float]]:
+        """Component name -> what its weight gradient grows with, and its FLOPs for each unit of that."""
+        tally, found = self._tally, {}
+        for name, flops in tally.components.items():
+            key = self._home[name]
+            key = tally.routed.get(key, key)
+            found[name] = key, flops / tally.base[key] if tally.base.get(key) else 0.0
+        return found
+
+    def _take_off(self) -> tuple[Vector, Vector]:
+        """Forward FLOPs for a unit of each size, of what is frozen and of what is merged."""
+        weights, merged = self._weights(), set(self._merging())
+        off: tuple[Vector, Vector] = {}, {}
+        for component in self._components:
+            key, each = weights.get(component.name, ("", 0.0))
+            if not any(map(_requires_grad, component.parameters)):
+                off[0][key] = off[0].get(key, 0.0) + each
+            if component.name in merged:
+                off[1][key] = off[1].get(key, 0.0) + each
+        return off
+
+    # --- one step --------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """The first forward pass of a step: what is trained, and is it counted?"""
         tally = self._tally
         self._begun = True
+        state = [sum(map(_requires_grad, self._parameters)), 0, len(self._merging())]
         if not tally.trainable:
-            tally.trainable = sum(parameter.requires_grad for parameter in self._parameters)
-        self._set = self._state()
-        changed = self._set != tally.last_set and tally.counted * COUNT_EVERY <= tally.steps
-        self._counter, self._forward = None, 0
-        due = not tally.counted or changed or tally.steps + 1 - tally.last_step >= RECOUNT_AFTER
-        if self.reason is None and due:
-            self._counter = FlopCounter()
-            if not tally.counted:
-                self._hook_components(self._counter)
+            tally.trainable = state[0]
+            if any(component.frozen_at is not None for component in self._components):
+                self.reason = "the counts of the session before are lost: the checkpoint holds none"
+                return
+        if self._off is None or state[::2] != tally.state[::2]:
+            self._off = None
+            state[1] = sum(not any(map(_requires_grad, c.parameters)) for c in self._components)
+        else:
+            state[1] = tally.state[1]
+        if state != tally.state:
+            _add(tally.between, tally.waiting)
+            tally.waiting, tally.state = {}, state
+        new = state != tally.known or any(key not in tally.base for key in tally.sizes)
+        due = not tally.counted or (new and tally.counted * COUNT_EVERY <= tally.steps)
+        if due or tally.steps + 1 - tally.last >= RECOUNT_AFTER:
+            self._counter, self._forward = FlopCounter(), Counter()
+            self._counter.follow(self._sizes, self._owners)
+        if self._off is None:
+            self._off = self._take_off()
 
-    def _cost(self) -> tuple[float, float]:
-        """FLOPs and forward FLOPs of this step so far."""
-        if self._counter is not None:
-            return float(self._counter.total), float(self._forward)
-        tally = self._tally
-        if not tally.counted:
-            return 0.0, 0.0
-        (total, forward, elements), (_, frozen, merged) = tally.last, tally.last_set
-        newly_frozen, newly_merged = self._set[1] - frozen, self._set[2] - merged
-        flops, forward_flops = total * self._passes / elements, forward * self._passes / elements
-        if newly_frozen or newly_merged:
-            flops -= (newly_frozen + 2 * newly_merged) * self._passes / tally.base  # forward and input gradients
-            forward_flops -= newly_merged * self._passes / tally.base
-        return flops, forward_flops
+    def _add(self, rate: Vector | None) -> None:
+        """The step is over; `rate` is what it says of input gradients if it was counted."""
+        tally, now = self._tally, self._now
+        assert self._off is not None
+        _add(tally.sizes, now)
+        tally.weights += _dot(self._off[0], now)
+        tally.merged += _dot(self._off[1], now)
+        if rate is not None:
+            tally.inputs += _dot(rate, now) + _dot(rate, tally.waiting)
+            tally.inputs += (_dot(tally.rate, tally.between) + _dot(rate, tally.between)) / 2
+            tally.rate, tally.known, tally.waiting, tally.between = rate, tally.state, {}, {}
+        elif tally.state == tally.known:
+            tally.inputs += _dot(tally.rate, now)
+        else:
+            _add(tally.waiting, now)
 
-    def _end_counted(self, counter: FlopCounter) -> None:
+    def _read(self, counter: FlopCounter) -> Vector | None:
+        """What a counted step says; returns what it saves of input gradients for each unit of each size."""
         tally = self._tally
-        leave(counter)
-        self._counter = None
-        for handle in self._inner:
-            handle.remove()
-        self._inner.clear()
-        if not self._passes or counter.total == self._forward:
+        if counter.total == sum(self._forward.values()):
             self.reason = "no backward pass of the model's outputs was seen"
-            return
+            return None
+        whole = [key for key, size in self._now.items() if size and counter.parts[key] and key not in counter.uneven]
+        if not whole:
+            self.reason = "no layer of the model was seen to run"
+            return None
+        for kind in {*counter.uneven, *(key.partition("|")[0] for key in counter.parts if not self._now.get(key))}:
+            if kind not in tally.routed:
+                near = functools.partial(_likeness, kind, counter.parts)
+                tally.routed[kind] = max((key for key in whole if key != kind and "|" not in key), key=near)
+        flops, forward = self._fold(counter.parts), self._fold(self._forward)
         tally.counted += 1
-        tally.base = tally.base or self._passes
-        tally.last = [counter.total, self._forward, self._passes]
-        tally.last_set, tally.last_step = self._set, tally.steps
+        tally.last = tally.steps
+        unfrozen = tally.state == [tally.trainable, 0, 0]
+        fresh = {key for key in (*flops, *self._now) if unfrozen or key not in tally.base}
+        for total, found in ((tally.flops, flops), (tally.forward, forward), (tally.base, self._now)):
+            _add(total, {key: value for key, value in found.items() if key in fresh})
+        for name, spent in counter.components.items():
+            if unfrozen or name not in tally.components:
+                tally.components[name] = tally.components.get(name, 0.0) + spent
+        self._off = self._take_off()
+        if unfrozen:
+            return {}
+        rate = {}
+        for key, full in _each(tally.flops, tally.base).items():
+            if self._now.get(key):
+                frozen, merged = (off.get(key, 0.0) for off in self._off)
+                saved = full - flops.get(key, 0.0) / self._now[key] - frozen - 2 * merged
+                rate[key] = saved if merged or saved > 1e-9 * full else 0.0
+        return {**tally.rate, **rate}
+
+    def _fold(self, parts: Mapping[str, int]) -> Vector:
+        """FLOPs by what they grow with, those of routed layers where they belong."""
+        found: Vector = {}
+        for key, flops in parts.items():
+            kind = key.partition("|")[0]
+            key = self._tally.routed.get(kind, key)
+            found[key] = found.get(key, 0.0) + flops
+        return found
 
     # --- the model's passes ----------------------------------------------------------------------------------------
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if not model.training or not torch.is_grad_enabled() or self.reason is not None:
             return
-        if not model.training or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
-            return  # the last: a recomputation, in a backward pass
+        inside = torch._C._current_graph_task_id() != -1
+        if inside and self._begun and not self._inside:
+            return  # a recomputation: the pass itself was seen. Under GradCache there is none but inside
         if self._counter is not None:
             leave(self._counter)  # an interrupt has left it
         if not self._begun:
+            self._inside = inside
             self._begin()
-        self._pass = _elements(args, kwargs)
+        self._sizes.begin()
         if self._counter is not None:
-            self._start = self._counter.total
+            self._start = self._counter.parts.copy()
             enter(self._counter)
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or self._pass is None or torch._C._current_graph_task_id() != -1:
+        if not self._sizes.running:
             return
+        counter, keys = self._counter, {*self._tally.base}
+        if counter is not None:
+            leave(counter)
+            spent = counter.parts - self._start
+            self._forward += spent
+            keys |= spent.keys()
+            count_backward(output, counter)
+        found = dict(self._sizes.end(keys))
         if output is not None:  # else it has failed
-            self._passes += self._pass
-        self._pass = None
-        if self._counter is not None:
-            leave(self._counter)
-            self._forward += self._counter.total - self._start
-            count_backward(output, self._counter)
-
-    def _hook_components(self, counter: FlopCounter) -> None:
-        """For this step: what each component's modules compute in the forward pass."""
-        flops = self._tally.components = dict.fromkeys((component.name for component in self._components), 0)
-        started: dict[nn.Module, int] = {}
-
-        def before(module: nn.Module, args: Any) -> None:
-            started[module] = counter.total
-
-        def after(shares: dict[str, int], module: nn.Module, args: Any, output: Any) -> None:
-            if self._pass is None:
-                return  # a recomputation
-            spent, numel = counter.total - started[module], sum(shares.values())
-            for name, share in shares.items():  # fused experts: two components of one module
-                flops[name] += spent * share // numel
-
-        for module, shares in self._owners:
-            self._inner.append(module.register_forward_pre_hook(before))
-            self._inner.append(module.register_forward_hook(functools.partial(after, shares)))
+            _add(self._now, found)
 
 
-def _owners(model: nn.Module, components: Sequence[Component]) -> list[tuple[nn.Module, dict[str, int]]]:
-    """The modules that hold measured tensors: component name -> elements."""
+def _owners(
+    model: nn.Module, components: Sequence[Component], sizes: Sizes
+) -> tuple[dict[nn.Module, dict[str, int]], dict[str, str]]:
+    """The modules that hold measured tensors -> component name -> elements; and the kind of layer of each component."""
     names = {parameter: component.name for component in components for parameter in component.measured}
-    owners = []
+    owners: dict[nn.Module, dict[str, int]] = {}
+    home: dict[str, str] = {}
     for module in model.modules():
-        shares: dict[str, int] = {}
         for parameter in module.parameters(recurse=False):
             if parameter in names:
-                shares[names[parameter]] = shares.get(names[parameter], 0) + parameter.numel()
-        if shares:
-            owners.append((module, shares))
-    return owners
+                name, shares = names[parameter], owners.setdefault(module, {})
+                shares[name] = shares.get(name, 0) + parameter.numel()
+                home.setdefault(name, sizes.kinds.get(module, ""))
+    return owners, home
 
 
-def _elements(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Elements of the inputs: of `input_ids`, or else of the first tensor; 1 where there is none."""
-    inputs = kwargs.get("input_ids")
-    if not isinstance(inputs, Tensor):
-        tensors = (leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.numel())
-        inputs = next(tensors, None)
-    return 1 if inputs is None else inputs.numel()
+def _likeness(kind: str, flops: Mapping[str, int], key: str) -> tuple[int, int]:
+    """How near a layer is to others of `kind`: by its path, then by what it computes."""
+    return len(os.path.commonprefix([kind, key])), flops[key]
+
+
+def _add(total: Vector, more: Mapping[str, float]) -> None:
+    for key, value in more.items():
+        total[key] = total.get(key, 0.0) + value
+
+
+def _each(flops: Vector, sizes: Vector) -> Vector:
+    return {key: value / sizes[key] for key, value in flops.items() if sizes.get(key)}
+
+
+def _dot(a: Vector, b: Vector) -> float:
+    return sum(value * b[key] for key, value in a.items() if key in b)
+
+
+def _number(value: Any) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return float(value)
