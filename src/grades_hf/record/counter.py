@@ -25,7 +25,7 @@ from .formulas import is_batched, matrix_flops
 from .sizes import Sizes
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Place:
     """A module that is running.
 
@@ -133,15 +133,12 @@ class FlopCounter(TorchDispatchMode):
         kind = sizes.kinds.get(module)
         if kind is not None and module not in sizes.layers:
             return  # a part of a layer
+        outer = self.place
         if kind is not None and not self._is_even(module, kind, args):
             self.uneven.add(kind)
-        elif kind is None or self._recomputes(self.place):
-            pass
-        elif not self.place.first:
-            self.place.first = kind
-        elif not self.place.second:
-            self.place.second = kind
-        self._go(Place(module, self.place, sizes.seen, kind or ""))
+        elif kind is not None and not outer.second and not self._recomputes(outer):
+            outer = dataclasses.replace(outer, **{"second" if outer.first else "first": kind})
+        self._go(Place(module, outer, sizes.seen, kind or ""))
 
     def _is_even(self, module: nn.Module, kind: str, args: tuple[Any, ...]) -> bool:
         assert self._sizes is not None

@@ -112,7 +112,8 @@ class Meter(Extension):
         self._components = run.components
         self._begun = self._inside = False  # this step's passes; inside of a backward pass
         self._now: Vector = {}  # sizes of this step
-        self._off: tuple[Vector, Vector] | None = None  # what is frozen and merged: forward FLOPs for a unit of size
+        self._off: tuple[Vector, Vector] = {}, {}  # what is frozen and merged: forward FLOPs for a unit of size
+        self._changed = True  # whether these may be others by now
         self._counter: FlopCounter | None = None  # of this step, if it is counted
         self._forward: Counter[str] = Counter()  # FLOPs of its forward passes
         self._sizes = Sizes(run.model)
@@ -133,7 +134,7 @@ class Meter(Extension):
         return self.reason is None and bool(self._tally.flops)
 
     def on_grad_pattern(self) -> None:
-        self._off = None
+        self._changed = True
 
     def on_step_end(self, step: Step) -> None:
         tally = self._tally
@@ -199,8 +200,7 @@ class Meter(Extension):
             return None
         if self._tally.counted:
             running = self._full(self._now)
-            for off, factor in zip(self._off or ({}, {}), (1, 2), strict=True):
-                running -= factor * _dot(off, self._now)
+            running -= _dot(self._off[0], self._now) + 2 * _dot(self._off[1], self._now)
             running -= _dot(self._tally.rate, self._now)
             now = int(running + (self.savings(1).used if self._tally.steps else 0.0))
         else:
@@ -231,7 +231,7 @@ class Meter(Extension):
     def load(self, checked: tuple[_Tally, str | None]) -> None:
         self._tally, reason = checked
         self.reason = self.reason or reason
-        self._off = None
+        self._changed = True
         self._taken = int(self.savings(1).used) if self.measured and self._tally.steps else 0
 
     def _close(self) -> None:
@@ -282,8 +282,8 @@ class Meter(Extension):
             if any(component.frozen_at is not None for component in self._components):
                 self.reason = "the counts of the session before are lost: the checkpoint holds none"
                 return
-        if self._off is None or state[::2] != tally.state[::2]:
-            self._off = None
+        if self._changed or state[::2] != tally.state[::2]:
+            self._changed = True
             state[1] = sum(not any(map(_requires_grad, c.parameters)) for c in self._components)
         else:
             state[1] = tally.state[1]
@@ -295,13 +295,12 @@ class Meter(Extension):
         if due or tally.steps + 1 - tally.last >= RECOUNT_AFTER:
             self._counter, self._forward = FlopCounter(), Counter()
             self._counter.follow(self._sizes, self._owners)
-        if self._off is None:
-            self._off = self._take_off()
+        if self._changed:
+            self._off, self._changed = self._take_off(), False
 
     def _add(self, rate: Vector | None) -> None:
         """The step is over; `rate` is what it says of input gradients if it was counted."""
         tally, now = self._tally, self._now
-        assert self._off is not None
         _add(tally.sizes, now)
         tally.weights += _dot(self._off[0], now)
         tally.merged += _dot(self._off[1], now)
@@ -332,13 +331,20 @@ class Meter(Extension):
         tally.counted += 1
         tally.last = tally.steps
         unfrozen = tally.state == [tally.trainable, 0, 0]
-        fresh = {key for key in (*flops, *self._now) if unfrozen or key not in tally.base}
+        fresh = {key for key in (*flops, *self._now) if key not in tally.base}
         for total, found in ((tally.flops, flops), (tally.forward, forward), (tally.base, self._now)):
-            _add(total, {key: value for key, value in found.items() if key in fresh})
-        for name, spent in counter.components.items():
-            if unfrozen or name not in tally.components:
-                tally.components[name] = tally.components.get(name, 0.0) + spent
+            _add(total, {key: value for key, value in found.items() if unfrozen or key in fresh})
+        _add(tally.components, {k: v for k, v in counter.components.items() if unfrozen or k not in tally.components})
         self._off = self._take_off()
+        for key in fresh:  # seen before, but not yet counted
+            first, _, second = key.partition("|")
+            if second and self._now.get(key):
+                for sizes in (tally.sizes, tally.waiting, tally.between):
+                    sizes[key] = sizes.get(first, 0.0) * self._now[key] / self._now[first]
+            each = self._off[0].get(key, 0.0)
+            tally.weights += each * (tally.waiting.get(key, 0.0) + tally.between.get(key, 0.0) / 2)
+            if each:
+                tally.flops[key] += each * self._now[key]
         if unfrozen:
             return {}
         rate = {}
