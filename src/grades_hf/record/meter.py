@@ -22,7 +22,7 @@ from ..find.structure import sequential_blocks
 from ..hooks import hook
 from .counter import FlopCounter, count_backward, enter, leave
 from .savings import Savings
-from .sizes import Sizes
+from .sizes import Sizes, first_tensor
 
 COUNT_EVERY = 25  # steps for each counted one, on average at least
 RECOUNT_AFTER = 100  # steps after which one is counted though nothing has changed
@@ -112,14 +112,21 @@ class Meter(Extension):
         self._components = run.components
         self._begun = self._inside = False  # this step's passes; inside of a backward pass
         self._now: Vector = {}  # sizes of this step
-        self._off: tuple[Vector, Vector] = {}, {}  # what is frozen and merged: forward FLOPs for a unit of size
-        self._changed = True  # whether these may be others by now
+        # Of the components that are frozen, and merged, in this step: names, and forward FLOPs for each unit of a size.
+        self._frozen: list[str] = []
+        self._merged: list[str] = []
+        self._off: tuple[Vector, Vector] = {}, {}
+        self._cut: Vector = {}  # input gradients of blocks that backward does not reach
+        self._changed = True  # whether all of these may be others by now
+        self._reached: list[int] = []  # of each tower: the blocks below its lowest one that backward reaches
+        self._looks: list[Callable[[], None]] = []
         self._counter: FlopCounter | None = None  # of this step, if it is counted
-        self._forward: Counter[str] = Counter()  # FLOPs of its forward passes
+        self._spent: Counter[str] = Counter()  # FLOPs of its forward passes
         self._sizes = Sizes(run.model)
         self._owners, self._home = _owners(run.model, run.components, self._sizes)
         towers = sequential_blocks(unwrap(run.model))
-        self._blocks = (f"{towers[0][0]}.*.", len(towers[0][1])) if len(towers) == 1 else ("", 0)
+        self._lengths = [(f"{path}.*.", len(blocks)) for path, blocks in towers]
+        self._places = {block: (n, i) for n, (_, blocks) in enumerate(towers) for i, block in enumerate(blocks)}
         undo.callback(self._close)
         if Trait.COMPILED in run.traits:
             self.reason = "the model is compiled (torch.compile), and what compiled code computes is not seen"
@@ -185,14 +192,10 @@ class Meter(Extension):
     def block_shares(self) -> list[float]:
         """The same of the input gradients of each block from the lowest up (attention and recomputation included), all
         blocks alike; empty where nothing is measured, or the model has no or several sequences of blocks."""
-        (start, blocks), tally = self._blocks, self._tally
-        if not self.measured or not blocks:
+        if not self.measured or len(self._lengths) != 1:
             return []
-        rest = {key: flops - tally.forward.get(key, 0.0) for key, flops in tally.flops.items() if start in key}
-        for key, each in self._weights().values():
-            if key in rest:
-                rest[key] -= each * tally.base[key]
-        return [_dot(_each(rest, tally.base), tally.sizes) / self._full(tally.sizes) / blocks] * blocks
+        ((start, blocks),), tally = self._lengths, self._tally
+        return [_dot(self._block(start, blocks), tally.sizes) / self._full(tally.sizes)] * blocks
 
     def take(self) -> int | None:
         """The model's FLOPs since the last call, the running step included; None where they are not counted."""
@@ -201,7 +204,7 @@ class Meter(Extension):
         if self._tally.counted:
             running = self._full(self._now)
             running -= _dot(self._off[0], self._now) + 2 * _dot(self._off[1], self._now)
-            running -= _dot(self._tally.rate, self._now)
+            running -= _dot(self._tally.rate, self._now) + _dot(self._cut, self._now)
             now = int(running + (self.savings(1).used if self._tally.steps else 0.0))
         else:
             now = self._counter.total if self._counter is not None else 0
@@ -210,7 +213,8 @@ class Meter(Extension):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; JSON types only."""
-        return {"format": FORMAT, "reason": self.reason, **dataclasses.asdict(self._tally)}
+        parts = {name: value.copy() if isinstance(value, (dict, list)) else value for name, value in vars(self._tally).items()}
+        return {"format": FORMAT, "reason": self.reason, **parts}
 
     def check(self, state: Mapping[str, Any]) -> tuple[_Tally, str | None]:
         if state["format"] != FORMAT:
@@ -239,7 +243,9 @@ class Meter(Extension):
         if self._counter is not None:
             self._counter.stop()
         self._counter = None
-        self._parameters, self._components, self._owners = [], [], {}
+        for remove in self._looks:
+            remove()
+        self._parameters, self._components, self._owners, self._places = [], [], {}, {}
         self._merging = tuple
         del self._sizes
 
@@ -258,17 +264,28 @@ class Meter(Extension):
             found[name] = key, flops / tally.base[key] if tally.base.get(key) else 0.0
         return found
 
-    def _take_off(self) -> tuple[Vector, Vector]:
-        """Forward FLOPs for a unit of each size, of what is frozen and of what is merged."""
-        weights, merged = self._weights(), set(self._merging())
-        off: tuple[Vector, Vector] = {}, {}
-        for component in self._components:
-            key, each = weights.get(component.name, ("", 0.0))
-            if not any(map(_requires_grad, component.parameters)):
-                off[0][key] = off[0].get(key, 0.0) + each
-            if component.name in merged:
-                off[1][key] = off[1].get(key, 0.0) + each
-        return off
+    def _block(self, start: str, blocks: int) -> Vector:
+        """FLOPs of a block's backward pass but for the weight gradients, for each unit of a size; all blocks alike."""
+        tally = self._tally
+        rest = {key: flops - tally.forward.get(key, 0.0) for key, flops in tally.flops.items() if start in key}
+        for key, each in self._weights().values():
+            if key in rest:
+                rest[key] -= each * tally.base[key]
+        return {key: each / blocks for key, each in _each(rest, tally.base).items()}
+
+    def _take_off(self) -> None:
+        """Find out what is saved in this step, after its first forward pass."""
+        weights = self._weights()
+        self._off, self._cut = ({}, {}), {}
+        for off, names in zip(self._off, (self._frozen, self._merged), strict=True):
+            for key, each in (weights[name] for name in names if name in weights):
+                off[key] = off.get(key, 0.0) + each
+        for (start, blocks), cut in zip(self._lengths, self._reached, strict=True):
+            _add(self._cut, {key: cut * each for key, each in self._block(start, blocks).items()} if cut else {})
+        below = {c.name for c in self._components if c.layer is not None and c.layer < max(self._reached, default=0)}
+        for key, each in (weights[name] for name in self._merged if name in weights and name in below):
+            if key in self._cut:
+                self._cut[key] -= each  # is in what merging saves
 
     # --- one step --------------------------------------------------------------------------------------------------
 
@@ -276,27 +293,36 @@ class Meter(Extension):
         """The first forward pass of a step: what is trained, and is it counted?"""
         tally = self._tally
         self._begun = True
-        state = [sum(map(_requires_grad, self._parameters)), 0, len(self._merging())]
+        live = sum(map(_requires_grad, self._parameters))
+        merged = list(self._merging())
         if not tally.trainable:
-            tally.trainable = state[0]
+            tally.trainable = live
             if any(component.frozen_at is not None for component in self._components):
                 self.reason = "the counts of the session before are lost: the checkpoint holds none"
                 return
-        if self._changed or state[::2] != tally.state[::2]:
-            self._changed = True
-            state[1] = sum(not any(map(_requires_grad, c.parameters)) for c in self._components)
-        else:
-            state[1] = tally.state[1]
-        if state != tally.state:
-            _add(tally.between, tally.waiting)
-            tally.waiting, tally.state = {}, state
-        new = state != tally.known or any(key not in tally.base for key in tally.sizes)
+        self._changed |= not tally.state or live != tally.state[0] or merged != self._merged
+        if self._changed:
+            self._merged = merged
+            self._frozen = [c.name for c in self._components if not any(map(_requires_grad, c.parameters))]
+            self._reached = [0] * len(self._lengths)
+            self._looks = [hook(block, "forward_pre", self._look, with_kwargs=True) for block in self._places]
+            state = [live, len(self._frozen), len(merged)]
+            if state != tally.state:
+                _add(tally.between, tally.waiting)
+                tally.waiting, tally.state = {}, state
+        new = tally.state != tally.known or any(key not in tally.base for key in tally.sizes)
         due = not tally.counted or (new and tally.counted * COUNT_EVERY <= tally.steps)
         if due or tally.steps + 1 - tally.last >= RECOUNT_AFTER:
-            self._counter, self._forward = FlopCounter(), Counter()
+            self._counter, self._spent = FlopCounter(), Counter()
             self._counter.follow(self._sizes, self._owners)
-        if self._changed:
-            self._off, self._changed = self._take_off(), False
+
+    def _look(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A block begins: does backward reach what lies below?"""
+        inputs = first_tensor((args, kwargs))
+        if self._sizes.running and inputs is not None and inputs.grad_fn is None:
+            tower, index = self._places[block]
+            whole = index + 1 == self._lengths[tower][1] and not any(map(_requires_grad, block.parameters()))
+            self._reached[tower] = max(self._reached[tower], index + whole)
 
     def _add(self, rate: Vector | None) -> None:
         """The step is over; `rate` is what it says of input gradients if it was counted."""
@@ -304,6 +330,7 @@ class Meter(Extension):
         _add(tally.sizes, now)
         tally.weights += _dot(self._off[0], now)
         tally.merged += _dot(self._off[1], now)
+        tally.inputs += _dot(self._cut, now)
         if rate is not None:
             tally.inputs += _dot(rate, now) + _dot(rate, tally.waiting)
             tally.inputs += (_dot(tally.rate, tally.between) + _dot(rate, tally.between)) / 2
@@ -316,7 +343,7 @@ class Meter(Extension):
     def _read(self, counter: FlopCounter) -> Vector | None:
         """What a counted step says; returns what it saves of input gradients for each unit of each size."""
         tally = self._tally
-        if counter.total == sum(self._forward.values()):
+        if counter.total == sum(self._spent.values()):
             self.reason = "no backward pass of the model's outputs was seen"
             return None
         whole = [key for key, size in self._now.items() if size and counter.parts[key] and key not in counter.uneven]
@@ -327,7 +354,7 @@ class Meter(Extension):
             if kind not in tally.routed:
                 near = functools.partial(_likeness, kind, counter.parts)
                 tally.routed[kind] = max((key for key in whole if key != kind and "|" not in key), key=near)
-        flops, forward = self._fold(counter.parts), self._fold(self._forward)
+        flops, forward = self._fold(counter.parts), self._fold(self._spent)
         tally.counted += 1
         tally.last = tally.steps
         unfrozen = tally.state == [tally.trainable, 0, 0]
@@ -335,7 +362,7 @@ class Meter(Extension):
         for total, found in ((tally.flops, flops), (tally.forward, forward), (tally.base, self._now)):
             _add(total, {key: value for key, value in found.items() if unfrozen or key in fresh})
         _add(tally.components, {k: v for k, v in counter.components.items() if unfrozen or k not in tally.components})
-        self._off = self._take_off()
+        self._take_off()
         for key in fresh:  # seen before, but not yet counted
             first, _, second = key.partition("|")
             if second and self._now.get(key):
@@ -350,9 +377,9 @@ class Meter(Extension):
         rate = {}
         for key, full in _each(tally.flops, tally.base).items():
             if self._now.get(key):
-                frozen, merged = (off.get(key, 0.0) for off in self._off)
-                saved = full - flops.get(key, 0.0) / self._now[key] - frozen - 2 * merged
-                rate[key] = saved if merged or saved > 1e-9 * full else 0.0
+                frozen, merged, cut = (off.get(key, 0.0) for off in (*self._off, self._cut))
+                saved = full - flops.get(key, 0.0) / self._now[key] - frozen - 2 * merged - cut
+                rate[key] = saved if merged or cut or saved > 1e-9 * full else 0.0
         return {**tally.rate, **rate}
 
     def _fold(self, parts: Mapping[str, int]) -> Vector:
@@ -386,15 +413,21 @@ class Meter(Extension):
         if not self._sizes.running:
             return
         counter, keys = self._counter, {*self._tally.base}
+        for remove in self._looks:
+            remove()
+        self._looks = []
         if counter is not None:
             leave(counter)
             spent = counter.parts - self._start
-            self._forward += spent
+            self._spent += spent
             keys |= spent.keys()
             count_backward(output, counter)
         found = dict(self._sizes.end(keys))
         if output is not None:  # else it has failed
             _add(self._now, found)
+            if self._changed:
+                self._take_off()
+                self._changed = False
 
 
 def _owners(
