@@ -137,7 +137,7 @@ class FlopCounter(TorchDispatchMode):
         if kind is not None and not self._is_even(module, kind, args):
             self.uneven.add(kind)
         elif kind is not None and not outer.second and not self._recomputes(outer):
-            outer = dataclasses.replace(outer, **{"second" if outer.first else "first": kind})
+            outer = dataclasses.replace(outer, first=outer.first or kind, second=kind if outer.first else "")
         self._go(Place(module, outer, sizes.seen, kind or ""))
 
     def _is_even(self, module: nn.Module, kind: str, args: tuple[Any, ...]) -> bool:
@@ -186,8 +186,8 @@ class FlopCounter(TorchDispatchMode):
         if not active:
             _push_mode(self)
 
-    def after_node(self, *_: Any) -> None:
-        active, self.place, _ = self._entered.pop() if self._entered else (False, Place(), None)
+    def after_node(self, *inputs: Any) -> None:
+        active, self.place, _ = self._entered.pop() if self._entered else (False, Place(), Place())
         if not active:
             leave(self)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -23,59 +20,13 @@ from ..hooks import hook
 from .counter import FlopCounter, count_backward, enter, leave
 from .savings import Savings
 from .sizes import Sizes, first_tensor
+from .tally import Tally, Vector, add, dot, each_of
 
 COUNT_EVERY = 25  # steps for each counted one, on average at least
 RECOUNT_AFTER = 100  # steps after which one is counted though nothing has changed
 FORMAT = 2
 
-Vector = dict[str, float]  # by what the FLOPs grow with, see `Sizes.end`
-
 _requires_grad = attrgetter("requires_grad")
-
-
-@dataclass
-class _Tally:
-    """All that a resumed run needs; JSON types only.
-
-    Attributes:
-        steps: Optimizer steps seen.
-        counted: Of them counted ones.
-        last: The number of the last counted one.
-        trainable: Trainable tensors when nothing was frozen; 0 before the first step.
-        sizes: Of all steps.
-        flops: Of the counted steps with nothing frozen.
-        forward: The forward passes' part of `flops`.
-        base: Sizes of these steps.
-        components: Name -> forward FLOPs in these steps.
-        routed: Kinds of layers that get inputs of uneven sizes -> the kind whose size stands for theirs.
-        weights: FLOPs of the weight gradients that were saved.
-        merged: FLOPs that merging saved in forward passes.
-        inputs: FLOPs of the rest of backward that were saved.
-        rate: The last figure of `inputs`, for each unit of a size.
-        state: The state of the model in the last step: trainable tensors, frozen and merged components.
-        known: The state that `rate` is of.
-        waiting: Sizes of the steps in `state`, which has not been counted yet.
-        between: Sizes of the steps in states before it that never were.
-    """
-
-    steps: int = 0
-    counted: int = 0
-    last: int = 0
-    trainable: int = 0
-    sizes: Vector = field(default_factory=dict)
-    flops: Vector = field(default_factory=dict)
-    forward: Vector = field(default_factory=dict)
-    base: Vector = field(default_factory=dict)
-    components: Vector = field(default_factory=dict)
-    routed: dict[str, str] = field(default_factory=dict)
-    weights: float = 0.0
-    merged: float = 0.0
-    inputs: float = 0.0
-    rate: Vector = field(default_factory=dict)
-    state: list[int] = field(default_factory=list)
-    known: list[int] = field(default_factory=list)
-    waiting: Vector = field(default_factory=dict)
-    between: Vector = field(default_factory=dict)
 
 
 class Meter(Extension):
@@ -102,7 +53,7 @@ class Meter(Extension):
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._tally = _Tally()
+        self._tally = Tally()
         self._taken = 0
 
     def attach(self, run: Run, undo: ExitStack) -> None:
@@ -170,7 +121,7 @@ class Meter(Extension):
         if not self.measured:
             raise RuntimeError(f"savings are not measured: {self.reason or 'no optimizer step has been counted yet'}.")
         tally, full = self._tally, self._full(self._tally.sizes)
-        inputs = tally.inputs + sum(_dot(tally.rate, sizes) for sizes in (tally.waiting, tally.between))
+        inputs = tally.inputs + sum(dot(tally.rate, sizes) for sizes in (tally.waiting, tally.between))
         return Savings(
             steps=tally.steps,
             full=full,
@@ -195,7 +146,7 @@ class Meter(Extension):
         if not self.measured or len(self._lengths) != 1:
             return []
         ((start, blocks),), tally = self._lengths, self._tally
-        return [_dot(self._block(start, blocks), tally.sizes) / self._full(tally.sizes)] * blocks
+        return [dot(self._block(start, blocks), tally.sizes) / self._full(tally.sizes)] * blocks
 
     def take(self) -> int | None:
         """The model's FLOPs since the last call, the running step included; None where they are not counted."""
@@ -203,8 +154,8 @@ class Meter(Extension):
             return None
         if self._tally.counted:
             running = self._full(self._now)
-            running -= _dot(self._off[0], self._now) + 2 * _dot(self._off[1], self._now)
-            running -= _dot(self._tally.rate, self._now) + _dot(self._cut, self._now)
+            running -= dot(self._off[0], self._now) + 2 * dot(self._off[1], self._now)
+            running -= dot(self._tally.rate, self._now) + dot(self._cut, self._now)
             now = int(running + (self.savings(1).used if self._tally.steps else 0.0))
         else:
             now = self._counter.total if self._counter is not None else 0
@@ -213,26 +164,15 @@ class Meter(Extension):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; JSON types only."""
-        parts = {name: value.copy() if isinstance(value, (dict, list)) else value for name, value in vars(self._tally).items()}
-        return {"format": FORMAT, "reason": self.reason, **parts}
+        return {"format": FORMAT, "reason": self.reason, **self._tally.to_state()}
 
-    def check(self, state: Mapping[str, Any]) -> tuple[_Tally, str | None]:
+    def check(self, state: Mapping[str, Any]) -> tuple[Tally, str | None]:
         if state["format"] != FORMAT:
-            return _Tally(), "the counts of the session before are lost: an earlier version of grades-hf made them"
-        tally, blank = {}, _Tally()
-        for part in dataclasses.fields(_Tally):
-            value, kind = state[part.name], getattr(blank, part.name)
-            if isinstance(kind, dict):
-                found: Any = {str(k): str(v) if part.name == "routed" else _number(v) for k, v in value.items()}
-            elif isinstance(kind, list):
-                found = [int(v) for v in value]
-            else:
-                found = int(value) if isinstance(kind, int) else _number(value)
-            tally[part.name] = found
+            return Tally(), "the counts of the session before are lost: an earlier version of grades-hf made them"
         reason = state["reason"]
-        return _Tally(**tally), None if reason is None else str(reason)
+        return Tally.from_state(state), None if reason is None else str(reason)
 
-    def load(self, checked: tuple[_Tally, str | None]) -> None:
+    def load(self, checked: tuple[Tally, str | None]) -> None:
         self._tally, reason = checked
         self.reason = self.reason or reason
         self._changed = True
@@ -253,7 +193,7 @@ class Meter(Extension):
 
     def _full(self, sizes: Vector) -> float:
         """FLOPs of passes of these sizes with nothing frozen."""
-        return _dot(_each(self._tally.flops, self._tally.base), sizes)
+        return dot(each_of(self._tally.flops, self._tally.base), sizes)
 
     def _weights(self) -> dict[str, tuple[str, float]]:
         """Component name -> what its weight gradient grows with, and its FLOPs for each unit of that."""
@@ -271,7 +211,7 @@ class Meter(Extension):
         for key, each in self._weights().values():
             if key in rest:
                 rest[key] -= each * tally.base[key]
-        return {key: each / blocks for key, each in _each(rest, tally.base).items()}
+        return {key: each / blocks for key, each in each_of(rest, tally.base).items()}
 
     def _take_off(self) -> None:
         """Find out what is saved in this step, after its first forward pass."""
@@ -281,7 +221,7 @@ class Meter(Extension):
             for key, each in (weights[name] for name in names if name in weights):
                 off[key] = off.get(key, 0.0) + each
         for (start, blocks), cut in zip(self._lengths, self._reached, strict=True):
-            _add(self._cut, {key: cut * each for key, each in self._block(start, blocks).items()} if cut else {})
+            add(self._cut, {key: cut * each for key, each in self._block(start, blocks).items()} if cut else {})
         below = {c.name for c in self._components if c.layer is not None and c.layer < max(self._reached, default=0)}
         for key, each in (weights[name] for name in self._merged if name in weights and name in below):
             if key in self._cut:
@@ -308,7 +248,7 @@ class Meter(Extension):
             self._looks = [hook(block, "forward_pre", self._look, with_kwargs=True) for block in self._places]
             state = [live, len(self._frozen), len(merged)]
             if state != tally.state:
-                _add(tally.between, tally.waiting)
+                add(tally.between, tally.waiting)
                 tally.waiting, tally.state = {}, state
         new = tally.state != tally.known or any(key not in tally.base for key in tally.sizes)
         due = not tally.counted or (new and tally.counted * COUNT_EVERY <= tally.steps)
@@ -327,18 +267,18 @@ class Meter(Extension):
     def _add(self, rate: Vector | None) -> None:
         """The step is over; `rate` is what it says of input gradients if it was counted."""
         tally, now = self._tally, self._now
-        _add(tally.sizes, now)
-        tally.weights += _dot(self._off[0], now)
-        tally.merged += _dot(self._off[1], now)
-        tally.inputs += _dot(self._cut, now)
+        add(tally.sizes, now)
+        tally.weights += dot(self._off[0], now)
+        tally.merged += dot(self._off[1], now)
+        tally.inputs += dot(self._cut, now)
         if rate is not None:
-            tally.inputs += _dot(rate, now) + _dot(rate, tally.waiting)
-            tally.inputs += (_dot(tally.rate, tally.between) + _dot(rate, tally.between)) / 2
+            tally.inputs += dot(rate, now) + dot(rate, tally.waiting)
+            tally.inputs += (dot(tally.rate, tally.between) + dot(rate, tally.between)) / 2
             tally.rate, tally.known, tally.waiting, tally.between = rate, tally.state, {}, {}
         elif tally.state == tally.known:
-            tally.inputs += _dot(tally.rate, now)
+            tally.inputs += dot(tally.rate, now)
         else:
-            _add(tally.waiting, now)
+            add(tally.waiting, now)
 
     def _read(self, counter: FlopCounter) -> Vector | None:
         """What a counted step says; returns what it saves of input gradients for each unit of each size."""
@@ -360,8 +300,8 @@ class Meter(Extension):
         unfrozen = tally.state == [tally.trainable, 0, 0]
         fresh = {key for key in (*flops, *self._now) if key not in tally.base}
         for total, found in ((tally.flops, flops), (tally.forward, forward), (tally.base, self._now)):
-            _add(total, {key: value for key, value in found.items() if unfrozen or key in fresh})
-        _add(tally.components, {k: v for k, v in counter.components.items() if unfrozen or k not in tally.components})
+            add(total, {key: value for key, value in found.items() if unfrozen or key in fresh})
+        add(tally.components, {k: v for k, v in counter.components.items() if unfrozen or k not in tally.components})
         self._take_off()
         for key in fresh:  # seen before, but not yet counted
             first, _, second = key.partition("|")
@@ -375,7 +315,7 @@ class Meter(Extension):
         if unfrozen:
             return {}
         rate = {}
-        for key, full in _each(tally.flops, tally.base).items():
+        for key, full in each_of(tally.flops, tally.base).items():
             if self._now.get(key):
                 frozen, merged, cut = (off.get(key, 0.0) for off in (*self._off, self._cut))
                 saved = full - flops.get(key, 0.0) / self._now[key] - frozen - 2 * merged - cut
@@ -424,7 +364,7 @@ class Meter(Extension):
             count_backward(output, counter)
         found = dict(self._sizes.end(keys))
         if output is not None:  # else it has failed
-            _add(self._now, found)
+            add(self._now, found)
             if self._changed:
                 self._take_off()
                 self._changed = False
@@ -449,22 +389,3 @@ def _owners(
 def _likeness(kind: str, flops: Mapping[str, int], key: str) -> tuple[int, int]:
     """How near a layer is to others of `kind`: by its path, then by what it computes."""
     return len(os.path.commonprefix([kind, key])), flops[key]
-
-
-def _add(total: Vector, more: Mapping[str, float]) -> None:
-    for key, value in more.items():
-        total[key] = total.get(key, 0.0) + value
-
-
-def _each(flops: Vector, sizes: Vector) -> Vector:
-    return {key: value / sizes[key] for key, value in flops.items() if sizes.get(key)}
-
-
-def _dot(a: Vector, b: Vector) -> float:
-    return sum(value * b[key] for key, value in a.items() if key in b)
-
-
-def _number(value: Any) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{value!r} is no finite number")
-    return float(value)
