@@ -68,7 +68,7 @@ class FlopCounter(TorchDispatchMode):
         total: All FLOPs.
         parts: The same by what they grow with; all are in `""` without `follow`.
         components: Component name -> FLOPs of its modules in the forward pass.
-        uneven: Kinds of layers that did not get inputs of one size in all blocks (experts, each with tokens of its own).
+        uneven: Kinds of layers that did not get inputs of one size in all blocks (experts with tokens of their own).
     """
 
     supports_higher_order_operators = True

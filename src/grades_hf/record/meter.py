@@ -344,6 +344,8 @@ class Meter(Extension):
         if not self._begun:
             self._inside = inside
             self._begin()
+            if self.reason is not None:
+                return
         self._sizes.begin()
         if self._counter is not None:
             self._start = self._counter.parts.copy()
@@ -388,4 +390,4 @@ def _owners(
 
 def _likeness(kind: str, flops: Mapping[str, int], key: str) -> tuple[int, int]:
     """How near a layer is to others of `kind`: by its path, then by what it computes."""
-    return len(os.path.commonprefix([kind, key])), flops[key]
+    return len(os.path.commonprefix([kind, key])), flops[key]  # noqa: RUF071, any common beginning is meant
