@@ -40,7 +40,7 @@ class Hook:
         return _nothing
 
     def __reduce__(self) -> Any:
-        return "_nothing"
+        return _make_nothing, ()
 
 
 class _Sweeper:
@@ -56,6 +56,10 @@ class _Sweeper:
 
 def _nothing(*_: Any) -> None:
     """What a hook is in a pickled model."""
+
+
+def _make_nothing() -> Any:
+    return _nothing
 
 
 def hook(module: nn.Module, kind: str, method: Callable[..., Any], **options: Any) -> Callable[[], None]:
