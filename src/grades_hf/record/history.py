@@ -12,11 +12,12 @@ from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from ..find.components import Component
+    from ..find.components import Component
 
 FORMAT = 1
 FILE_NAME = "grades_history.json"
@@ -56,6 +57,7 @@ class History:
     savings: dict[str, float] | None = None
     ended: str | None = None
     looks: list[dict[str, Any]] = field(default_factory=list)
+    shares: dict[str, float] | None = None
     earlier_seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -142,6 +144,8 @@ class History:
             "logs": [{key: value if math.isfinite(value) else None for key, value in row.items()} for row in self.logs],
             "savings": self.savings,
             "ended": self.ended,
+            "looks": self.looks,
+            "shares": self.shares,
             "versions": self.versions,
         }
 
@@ -170,6 +174,8 @@ class History:
                 logs=[_log(row) for row in data.get("logs", ())],  # older files have none
                 savings=data.get("savings"),
                 ended=data.get("ended"),
+                looks=list(data.get("looks", ())),
+                shares=data.get("shares"),
                 versions=dict(data.get("versions", {})),
             )
             described = {component["name"]: component["monitor"] for component in history.components}

@@ -1,0 +1,315 @@
+"""Curves over the optimizer steps: the statistic, votes and looks, losses, step time, frozen fraction."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..record.history import History
+from .charts import (
+    MOST_POINTS,
+    OKABE_ITO,
+    Point,
+    averaged,
+    checks,
+    color_of,
+    end,
+    end_of,
+    grace,
+    load_altair,
+    note,
+    step_axis,
+    thin,
+)
+from .summary import QUORUM, by_group, finite, group_label, last_step, losses, votes
+
+AVERAGED, PRESENT = "with averaged weights", "with the weights as they are"
+
+
+def statistic(history: History) -> Any:
+    """Median and quartiles of each group, with the thresholds; without a theme."""
+    alt = load_altair()
+    groups = by_group(history)
+    points = _quartiles(history, groups)
+    low, high = _value_range(history, [point[cut] for point in points for cut in ("low", "high")])
+    color, dash = color_of(list(groups))
+    base = alt.Chart(alt.Data(values=points))
+    monitors = dict.fromkeys(component["monitor"].replace("_", " ") for component in history.components)
+    y = {
+        "scale": alt.Scale(type="log", domain=[low, high], nice=False, clamp=True),
+        "axis": alt.Axis(
+            format="~g" if low >= 1e-3 and high < 1e5 else ".1~e", tickCount=6, labelOverlap="greedy"
+        ),
+        "title": f"{' / '.join(monitors)} ({history.config.get('reduction', 'sum')})",
+    }  # fmt: skip
+    x = step_axis(end_of(history))
+    hover = alt.selection_point(name="hover", on="pointerover", nearest=True, empty=False, clear="pointerout")
+    single = len({point["step"] for point in points}) == 1
+    cuts = [alt.Tooltip(f"{cut}:Q", title=title, format=".4~g") for cut, title in
+            (("median", "median"), ("low", "lower quartile"), ("high", "upper quartile"))]  # fmt: skip
+    layers = [
+        *grace(history, note_it=True),
+        base.mark_area(opacity=0.22, aria=False).encode(x=x, y=alt.Y("low:Q", **y), y2="high:Q", color=color),
+        *_thresholds(groups, (low, high), y, color),
+        base.mark_line(strokeWidth=2, aria=False).encode(x=x, y=alt.Y("median:Q", **y), color=color, strokeDash=dash),
+        base.mark_point(filled=True, size=60, aria=False)
+        .encode(
+            x=x, y=alt.Y("median:Q", **y), color=color,
+            opacity=alt.value(1) if single else alt.condition(hover, alt.value(1), alt.value(0)),
+            tooltip=["group:N", alt.Tooltip("step:Q", format=",d"), *cuts, alt.Tooltip("count:Q", title="matrices")],
+        )
+        .add_params(hover),
+        *end(history, note_it=True),
+    ]  # fmt: skip
+    if not points:
+        layers.append(note("no values were measured", x=alt.value(150), y=alt.value(130)))
+    drawn = len({point["step"] for point in points})
+    some = f" {drawn:,} of {len(history.steps):,} checks are drawn." if len(history.steps) > MOST_POINTS else ""
+    dashed = " Dashed: threshold τ." if any(c["tau"] is not None for c in history.components) else ""
+    live = " not frozen yet" if history.events or dashed else ""
+    return alt.layer(*layers).properties(
+        width=480,
+        height=300,
+        title=alt.TitleParams(
+            f"Statistic of the matrices{live}",
+            subtitle=f"Median (line) and quartiles (band) by group.{dashed}{some}",
+        ),
+        description="Line chart of the statistic by group over the optimizer steps.",
+    )
+
+
+def vote_chart(history: History) -> Any:
+    """The share of components that vote, over the steps, with the looks; without a theme."""
+    alt = load_altair()
+    x = step_axis(end_of(history))
+    y = {
+        "title": "components that vote", "scale": alt.Scale(domain=[0, 1], nice=False),
+        "axis": alt.Axis(format=".0%", values=[0, 0.25, 0.5, 0.75, 1]),
+    }  # fmt: skip
+    shares = dict(votes(history))
+    rows = [{"step": step, "share": share} for step, share in thin(list(shares.items()))]
+    looks = [{"step": look["step"], "share": shares[look["step"]], "verdict": "ended the run" if look["ended"] else
+              "said to go on"} for look in history.looks]  # fmt: skip
+    tooltip = [alt.Tooltip("step:Q", format=",d"), alt.Tooltip("share:Q", title="vote", format=".0%")]
+    base = alt.Chart(alt.Data(values=rows))
+    quorum = alt.Chart(alt.Data(values=[{"share": QUORUM}])).mark_rule(style="tau", aria=False)
+    layers = [
+        *grace(history),
+        base.mark_area(style="plain", opacity=0.18, aria=False).encode(x=x, y=alt.Y("share:Q", **y)),
+        base.mark_line(style="plain", strokeWidth=2, aria=False).encode(x=x, y=alt.Y("share:Q", **y)),
+        base.mark_point(filled=True, size=50, aria=False).encode(
+            x=x, y=alt.Y("share:Q", **y), opacity=alt.value(1 if len(rows) == 1 else 0), tooltip=tooltip
+        ),
+        quorum.encode(y=alt.Y("share:Q", **y), strokeDash=alt.value([5, 4])),
+        *end(history, note_it=True),
+    ]
+    if looks:
+        verdicts = alt.Scale(domain=["said to go on", "ended the run"], range=[OKABE_ITO[4], OKABE_ITO[1]])
+        mark = alt.Chart(alt.Data(values=looks)).mark_point(size=110, filled=True, opacity=1, aria=False)
+        legend = alt.Legend(title="a look", orient="top", symbolSize=110)
+        layers.append(
+            mark.encode(
+                x=x, y=alt.Y("share:Q", **y), tooltip=[*tooltip, "verdict:N"],
+                color=alt.Color("verdict:N", scale=verdicts, legend=legend),
+                shape=alt.Shape("verdict:N", legend=legend, scale=alt.Scale(
+                    domain=["said to go on", "ended the run"], range=["circle", "diamond"])),
+            )
+        )  # fmt: skip
+    return alt.layer(*layers).properties(
+        width=480,
+        height=200,
+        title=alt.TitleParams(
+            "Votes for a look",
+            subtitle=f"A matrix votes while its gradient has risen. At {QUORUM:.0%} (dashed) held-out rows are looked at.",
+        ),
+        description="The share of components that vote, over the optimizer steps.",
+    )
+
+
+def look_chart(history: History) -> Any:
+    """Both held-out losses of each look, with three standard errors of their difference; without a theme."""
+    alt = load_altair()
+    rows = []
+    for look in history.looks:
+        margin = 3 * look["error"] if finite(look["error"]) else 0.0
+        for which, loss in ((AVERAGED, look["average_loss"]), (PRESENT, look["loss"])):
+            around = margin if which == AVERAGED else 0.0
+            rows.append(
+                {"step": look["step"], "which": which, "loss": loss, "low": loss - around, "high": loss + around}
+            )
+    x = step_axis(end_of(history))
+    y = {
+        "title": "held-out loss",
+        "axis": alt.Axis(format="~g", tickCount=5),
+        "scale": alt.Scale(zero=False, padding=12),
+    }
+    legend = alt.Legend(title=None, orient="top", symbolSize=90, columns=1)
+    domain = {"domain": [AVERAGED, PRESENT]}
+    base = alt.Chart(alt.Data(values=rows))
+    color = alt.Color("which:N", scale=alt.Scale(**domain), legend=legend)
+    return alt.layer(
+        base.transform_filter(f"datum.which === '{AVERAGED}'")
+        .mark_rule(strokeWidth=2, aria=False)
+        .encode(x=x, y=alt.Y("low:Q", **y), y2="high:Q", color=color),
+        base.mark_point(filled=True, size=90, opacity=1, aria=False).encode(
+            x=x, y=alt.Y("loss:Q", **y), color=color,
+            shape=alt.Shape("which:N", legend=legend, scale=alt.Scale(**domain, range=["circle", "square"])),
+            tooltip=["which:N", alt.Tooltip("step:Q", format=",d"), alt.Tooltip("loss:Q", format=".5~g")],
+        ),
+        *end(history),
+    ).properties(
+        width=480,
+        height=200,
+        title=alt.TitleParams(
+            "What the looks saw",
+            subtitle=["Bar: three standard errors of the difference.",
+                      "A look ends the run where the whole bar is below the square."],
+        ),
+        description="Held-out losses of each look, with the weights as they are and with their average.",
+    )  # fmt: skip
+
+
+def progress(history: History) -> dict[str, Any]:
+    """Small charts by name: `frozen`, `step_time` and `loss`, as far as there is data; without a theme."""
+    charts = {}
+    around = (grace(history), end(history))
+    if history.events:
+        total = max(len(history.components), 1)
+        number, fractions = 0, {0: 0.0}
+        for step, froze in sorted(Counter(history.frozen.values()).items()):
+            number += froze
+            fractions[step] = number / total
+        fractions[last_step(history)] = number / total
+        charts["frozen"] = lines(
+            {"": list(fractions.items())}, end_of(history), "Frozen fraction", "part of the matrices", around=around,
+            format=".0%", scale={"domain": [0, 1]}, interpolate="step-after",
+        )  # fmt: skip
+    times, before, seconds = [], 0.0, 0.0
+    for row in history.logs:
+        if row["step"] > before and row["seconds"] >= seconds:
+            times.append((row["step"], (row["seconds"] - seconds) / (row["step"] - before)))
+        before, seconds = row["step"], row["seconds"]
+    if times:
+        charts["step_time"] = lines(
+            {"": times}, end_of(history), "Step time", "seconds a step", around=around, scale={"zero": True}
+        )
+    if logged := losses(history):
+        charts["loss"] = lines({"": logged}, end_of(history), "Training loss", "loss", around=around)
+    return charts
+
+
+def lines(
+    curves: Mapping[str, Sequence[Point]],
+    to: int,
+    title: str,
+    y_title: str,
+    *,
+    around: tuple[Sequence[Any], Sequence[Any]] = ((), ()),
+    subtitle: str | None = None,
+    format: str = "~g",
+    scale: Mapping[str, Any] | None = None,
+    interpolate: str = "linear",
+    size: tuple[int, int] = (300, 170),
+) -> Any:
+    """One curve for each label over the steps up to `to`, a dot where it ends; without a theme."""
+    alt = load_altair()
+    most = max(50, MOST_POINTS // max(1, len(curves)))
+    thinned = thin if interpolate != "linear" else averaged
+    drawn = {label: list(thinned(points, most)) for label, points in curves.items()}
+    rows = [{"run": label, "step": s, "value": v} for label, points in drawn.items() for s, v in points]
+    ends = [{"run": label, "step": p[-1][0], "value": p[-1][1]} for label, p in drawn.items() if p]
+    several = len(curves) > 1
+    color, dash = color_of(list(curves), "run")
+    encoding = {"color": color} if several else {}
+    style = {} if several else {"style": "plain"}
+    x = step_axis(to)
+    y = alt.Y(
+        "value:Q",
+        title=y_title,
+        axis=alt.Axis(format=format, tickCount=4),
+        scale=alt.Scale(**(scale or {"zero": False})),
+    )
+    base = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y, **encoding)
+    tooltip = [alt.Tooltip("step:Q", format=",d"), alt.Tooltip("value:Q", title=y_title, format=".4~g")]
+    tooltip = ["run:N", *tooltip] if several else tooltip
+    last = alt.Chart(alt.Data(values=ends)).mark_point(filled=True, size=45, opacity=1, aria=False, **style)
+    return alt.layer(
+        *around[0],
+        base.mark_line(strokeWidth=2, aria=False, interpolate=interpolate, **style).encode(strokeDash=dash),
+        base.mark_point(filled=True, size=50, opacity=0, aria=False).encode(tooltip=tooltip),
+        last.encode(x=x, y=y, tooltip=tooltip, **encoding),
+        *around[1],
+    ).properties(
+        width=size[0],
+        height=size[1],
+        title=alt.TitleParams(title, **({"subtitle": subtitle} if subtitle else {})),
+        description=f"{title} over the optimizer steps.",
+    )
+
+
+def _thresholds(
+    groups: Mapping[str, Sequence[Mapping[str, Any]]], view: tuple[float, float], y: Mapping[str, Any], color: Any
+) -> list[Any]:
+    """Dashed lines for the thresholds within `view`; their values stand beside the chart, where there is room."""
+    alt = load_altair()
+    members = [component for group in groups.values() for component in group]
+    one = len({component["tau"] for component in members}) == 1
+    rows: list[dict[str, Any]] = []
+    for label, group in groups.items():
+        for tau in sorted({member["tau"] for member in group if member["tau"] is not None}):
+            kinds = dict.fromkeys(group_label(member, "projection") for member in group if member["tau"] == tau)
+            rows.append({"group": label, "tau": tau, "of": "all" if one else ", ".join(kinds)})
+    rows = [row for row in rows[: 1 if one else None] if view[0] <= row["tau"] <= view[1]]
+    if not rows:
+        return []
+    base = alt.Chart(alt.Data(values=rows))
+    tooltip = [alt.Tooltip("tau:Q", title="τ", format=".4~g"), alt.Tooltip("of:N", title="of")]
+    rule = base.mark_rule(style="tau", aria=False).encode(
+        y=alt.Y("tau:Q", **y),
+        tooltip=tooltip,
+        strokeDash=alt.value([5, 4]),  # as a style the legend would have it too
+    )
+    apart, labelled = (view[1] / view[0]) ** (1 / 20), list[dict[str, Any]]()
+    for tau in sorted({row["tau"] for row in rows}, reverse=True):
+        if not labelled or labelled[-1]["tau"] / tau > apart:
+            labelled.append({"tau": tau, "text": f"τ {tau:.3g}"})
+    text = (
+        alt.Chart(alt.Data(values=labelled))
+        .mark_text(style="note", align="left", baseline="middle", dx=5, aria=False)
+        .encode(x=alt.value("width"), y=alt.Y("tau:Q", **y), text="text:N")
+    )
+    return [rule if one else rule.encode(color=color), text]
+
+
+def _value_range(history: History, values: Sequence[float]) -> tuple[float, float]:
+    """What the axis of the statistic shows: all values, and the thresholds that are within two decades of them."""
+    taus = [component["tau"] for component in history.components if component["tau"] is not None]
+    if values:
+        taus = [tau for tau in taus if min(values) / 100 <= tau <= max(values) * 100]
+    shown = [*values, *taus] or [1.0]
+    low, high = min(shown), max(shown)
+    margin = max(high / low, 1.5)
+    return max(low / margin**0.05, 5e-324), high * margin**0.18  # room for the notes
+
+
+def _quartiles(history: History, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """By group, at each step that has a value which a logarithmic axis can show: the quartiles, and of how many."""
+    import numpy as np
+
+    steps, values = checks(history, max(50, 3 * MOST_POINTS // max(3, len(groups))))
+    rows: list[dict[str, Any]] = []
+    for label, members in groups.items():
+        table = np.full((len(members), len(steps)), math.nan)
+        for row, member in zip(table, members, strict=True):
+            series = np.asarray(values[member["name"]], dtype=np.float64)[: len(steps)]
+            row[: len(series)] = series
+        table[~((table > 1e-300) & (table < 1e300))] = math.nan
+        for column, step in enumerate(steps):
+            found = table[:, column][~np.isnan(table[:, column])]
+            if len(found):
+                low, middle, high = np.quantile(found, (0.25, 0.5, 0.75)).tolist()
+                cuts = {"low": low, "median": middle, "high": high, "count": len(found)}
+                rows.append({"group": label, "step": int(step), **cuts})
+    return rows
