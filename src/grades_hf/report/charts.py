@@ -89,6 +89,15 @@ def theme(*, dark: bool = False) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def layered(layers: Sequence[Any], size: tuple[float, int], title: str, subtitle: str | Sequence[str] = "") -> Any:
+    """The layers as one chart, with its title, in the theme."""
+    alt = load_altair()
+    text = {"subtitle": subtitle} if subtitle else {}
+    about = f"{title}. {subtitle if isinstance(subtitle, str) else ' '.join(subtitle)}".rstrip()
+    chart = alt.layer(*layers).properties(width=size[0], height=size[1], description=about)
+    return chart.properties(title=alt.TitleParams(title, **text)).configure(**theme())
+
+
 def thin(items: Sequence[T], most: int = MOST_POINTS) -> Sequence[T]:
     """Every k-th item, so that about `most` are left, and the last one."""
     stride = math.ceil(len(items) / most)

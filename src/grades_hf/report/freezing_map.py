@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from ..record.history import History
-from .charts import load_altair
+from .charts import layered, load_altair
 from .summary import PROJECTION_ORDER, group_label, visible
 
 MOST_CELLS = 4000  # with more components a cell stands for all of a place
@@ -42,8 +42,12 @@ def component_rows(history: History) -> list[dict[str, str]]:
     return rows
 
 
-def freezing_map(history: History) -> Any:
-    """The chart, without a theme."""
+def plot_freezing_map(history: History) -> Any:
+    """Layers by matrices, a cell for each component, coloured by the step at which it froze; crossed grey: never.
+
+    Components that share a place (the experts of a layer) are cells of a small grid in it, row by row; where there are
+    thousands, a cell stands for all of a place.
+    """
     alt = load_altair()
     columns, layers = grid_of(history)
     cells, edges, depth = _cells(history, columns, layers)
@@ -91,13 +95,8 @@ def freezing_map(history: History) -> Any:
         drawn.append(base.mark_rule(style="cross", aria=False, tooltip=None).encode(**place))
     one = "one matrix" if len(cells) == len(history.components) else "all matrices of a place, at their median step"
     subtitle = f"{len(history.events):,} of {len(history.components):,} froze. A cell is {one}; layers go up."
-    crossed = " Crossed grey: never."
-    return alt.layer(*drawn).properties(
-        width=min(max(240, 38 * edges[-1]), 900),
-        height=max(round(step * len(layers)), 40),
-        title=alt.TitleParams("When each matrix froze", subtitle=subtitle + (crossed if never else "")),
-        description=f"Map of layers by matrices: {subtitle}",
-    )
+    size = (min(max(240, 38 * edges[-1]), 900), max(round(step * len(layers)), 40))
+    return layered(drawn, size, "When each matrix froze", subtitle + (" Crossed grey: never." if never else ""))
 
 
 def grid_of(history: History) -> tuple[list[str], list[int | None]]:

@@ -12,30 +12,26 @@ import html
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .charts import Point, load_altair, save_chart, theme
+from .curves import lines
 from .freezing_map import HEADS, component_rows
 from .plots import all_plots, plot_losses
-from .runs import Run, load_runs
+from .runs import Run
 from .summary import (
     LOOK_HEADS,
-    ended_by_look,
-    frozen_part,
     duration,
+    ended_by_look,
+    facts,
     has_thresholds,
     look_rows,
-    looks_part,
     rule,
     sentence,
-    summarize,
-    table_rows,
     visible,
-)
-
-__all__ = ["Run", "load_runs", "to_html", "write_plots"]
+)  # fmt: skip
 
 NONE = "not recorded"
 MOST_ROWS = 2000  # of the table of components
@@ -132,16 +128,10 @@ def _section(run: Run, charts: _Charts) -> str:
     model = f"<strong>{_text(run.model)}</strong>. " if run.model else ""
     notes = [f"{' and '.join(missing).capitalize()}: {NONE} in this history."] if missing else []
     if not run.ended:
-        notes.append(
-            "The record ends here without the end of the run: it is still going on, or was interrupted. Make the report "
-            "again to see more."
-        )
-    extras = {key: run.results.get(key) for key in ("evaluation", "seconds", "compute")}
-    extras = {key: value for key, value in extras.items() if isinstance(value, dict)}
-    facts = [(what.strip(), value) for what, value in table_rows(summarize(history, steps_run=steps[0], **extras))]
-    options = [
+        notes.append("The record ends before the run: it is still going on, or was interrupted.")
+    options = facts(history) + [
         (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-        for key, value in {**history.config, **({"versions": history.versions} if history.versions else {})}.items()
+        for key, value in history.config.items()
     ]
     rows = component_rows(history)
     components = [[row[head] for head in HEADS] for row in rows[:MOST_ROWS]]
@@ -151,7 +141,9 @@ def _section(run: Run, charts: _Charts) -> str:
     large = "".join(charts.figure(name, plots[name]) for name in ("freezing_map", "statistic") if name in plots)
     small = "".join(charts.figure(name, plots[name]) for name in SMALL if name in plots)
     if run.held_out:
-        small += charts.figure("held_out", plot_losses({"": run.held_out}, "Held-out loss", total_steps=max(1, *steps)))
+        small += charts.figure(
+            "held_out", lines({"": run.held_out}, max(1, *steps), "Held-out loss", "loss").configure(**theme())
+        )
     return (
         f'<p class="lead">{model}{_text(sentence(history))}</p>'
         + "".join(f'<p class="note" role="status">{_text(note)}</p>' for note in notes)
@@ -162,7 +154,7 @@ def _section(run: Run, charts: _Charts) -> str:
         )
         + f'</dl><p class="rule">{_text(rule(history))}</p><div class="pair">{pair}</div>{looks}{large}'
         f'<div class="small">{small}</div>'
-        f"<details><summary>Run and configuration</summary>{_table(('what', 'value'), [*facts, *options])}</details>"
+        f"<details><summary>Run and configuration</summary>{_table(('what', 'value'), options)}</details>"
         f"<details><summary>All {len(rows):,} components as a table</summary>"
         f"<p>Value: the one that froze it, or the one of the last check.{cut}</p>"
         f"{_table(HEADS, components, numbers={'parameters', 'value', 'tau'})}</details>"
@@ -183,7 +175,13 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     else:
         number = len(history.looks)
         said = "the last one ended the run" if ended_by_look(history) else "all said to go on"
-        tiles.append(("looks at held-out rows", f"{number}", said if number else "none was proposed"))
+        tiles.append(
+            (
+                "looks at held-out rows",
+                f"{number}",
+                said if number else "none was proposed" if run.ended else "none so far",
+            )
+        )
         if number:
             look = history.looks[-1]
             of = f"at the last look; {look['loss']:.4f} without averaging"
@@ -250,19 +248,22 @@ def _overlaid(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _did(run: Run) -> str:
-    if run.history is None:
+    history = run.history
+    if history is None:
         return "no GradES"
-    return frozen_part(run.history) if has_thresholds(run.history) else looks_part(run.history)
+    if has_thresholds(history):
+        return f"{len(history.frozen):,} of {len(history.components):,} frozen"
+    if ended_by_look(history):
+        return f"ended by a look at step {history.looks[-1]['step']:,}"
+    return f"looked {len(history.looks)} times, went on" if history.looks else "no look"
 
 
 def _short(run: Run) -> str:
-    saved = "" if run.saved is None else f", {run.saved[0]:.1%} of the compute saved"
-    return f"{_did(run)}{saved}"
+    worth = run.saved is not None and run.saved[0] >= 0.0005
+    return _did(run) + (f", {run.saved[0]:.1%} of the compute saved" if worth and run.saved else "")
 
 
-def _table(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Mapping[str, Any] | set[str] = frozenset()
-) -> str:
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[str] = ()) -> str:
     """A table that scrolls by itself where it is too wide; the first cell of each row is its head."""
     kinds = ["number" if head in numbers else "" for head in heads]
     head = "".join(

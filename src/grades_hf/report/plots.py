@@ -1,30 +1,21 @@
-"""Figures of a run, for notebooks and files. They need the extra `plots`.
-
-All functions raise an ImportError that says so where Altair is not installed.
-"""
+"""Figures of a run, for notebooks and files. They need the extra `plots`, and raise an ImportError that says so."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..record.history import History
 from .charts import Point, load_altair, save_chart, theme
-from .curves import lines, look_chart, progress, statistic, vote_chart
-from .freezing_map import freezing_map
+from .curves import lines, plot_looks, plot_progress, plot_statistic, plot_votes
+from .freezing_map import plot_freezing_map
 from .summary import losses, votes
 
-if TYPE_CHECKING:
-    from altair import HConcatChart, LayerChart
-
-__all__ = [
-    "all_plots", "plot_freezing_map", "plot_looks", "plot_losses", "plot_run", "plot_statistic", "plot_votes",
-    "save_chart", "theme",
-]  # fmt: skip
+__all__ = ["all_plots", "plot_freezing_map", "plot_looks", "plot_losses", "plot_run", "plot_statistic", "plot_votes"]
 
 
-def plot_run(history: History, path: str | os.PathLike[str] | None = None) -> HConcatChart:
+def plot_run(history: History, path: str | os.PathLike[str] | None = None) -> Any:
     """The statistic, and beside it what came of it: when each matrix froze, or the votes for a look.
 
     Args:
@@ -37,54 +28,22 @@ def plot_run(history: History, path: str | os.PathLike[str] | None = None) -> HC
     Raises:
         ValueError: `path` has another ending.
     """
-    left = statistic(history)
+    alt, left = load_altair(), plot_statistic(history)
     if history.events or not votes(history):
-        right = freezing_map(history)
+        right = plot_freezing_map(history)
         left = left.properties(height=max(260, min(right.height, 420)))
     else:
-        right = vote_chart(history).properties(height=left.height)
-    chart: HConcatChart = load_altair().hconcat(left, right, spacing=40).resolve_scale(color="independent")
-    chart = chart.configure(**theme())
+        right = plot_votes(history).properties(height=left.height)
+    left.config = right.config = alt.Undefined  # only the whole may have one
+    chart = alt.hconcat(left, right, spacing=40).resolve_scale(color="independent").configure(**theme())
     if path is not None:
         save_chart(chart, path)
     return chart
 
 
-def plot_statistic(history: History) -> LayerChart:
-    """The statistic over the optimizer steps: by group, median (line) and quartiles (band) of what is not frozen yet.
-
-    Thresholds are dashed lines in their group's colour (grey where all have the same), the grace period is shaded.
-    Of more than a thousand checks every k-th is drawn.
-    """
-    chart: LayerChart = statistic(history).configure(**theme())
-    return chart
-
-
-def plot_freezing_map(history: History) -> LayerChart:
-    """Layers by matrices, a cell for each component, coloured by the step at which it froze; crossed grey: never.
-
-    Components that share a place (the experts of a layer) are cells of a small grid in it, row by row; where there are
-    thousands, a cell stands for all of a place.
-    """
-    chart: LayerChart = freezing_map(history).configure(**theme())
-    return chart
-
-
-def plot_votes(history: History) -> LayerChart:
-    """The share of components that vote for a look, over the steps, with the looks and what each of them said."""
-    chart: LayerChart = vote_chart(history).configure(**theme())
-    return chart
-
-
-def plot_looks(history: History) -> LayerChart:
-    """The held-out loss of each look, with the weights as they were and with their average."""
-    chart: LayerChart = look_chart(history).configure(**theme())
-    return chart
-
-
 def plot_losses(
     runs: Mapping[str, History | Sequence[Point]], title: str = "Training loss", *, total_steps: int | None = None
-) -> LayerChart:
+) -> Any:
     """The losses of several runs in one chart, a dot where each one ends.
 
     Args:
@@ -93,22 +52,16 @@ def plot_losses(
         total_steps: Where the axis of steps ends; default: with the longest plan, or the last step.
     """
     curves = {label: losses(run) if isinstance(run, History) else list(run) for label, run in runs.items()}
-    planned = [run.total_steps for run in runs.values() if isinstance(run, History)]
-    last = max([step for points in curves.values() for step, _ in points], default=1)
-    to = total_steps or max([int(last), *planned])
-    chart: LayerChart = lines(curves, to, title, "loss", size=(480, 260)).configure(**theme())
-    return chart
+    ends = [run.total_steps for run in runs.values() if isinstance(run, History)]
+    ends += [int(step) for points in curves.values() for step, _ in points[-1:]]
+    return lines(curves, total_steps or max(ends, default=1), title, "loss", size=(480, 260))
 
 
 def all_plots(history: History) -> dict[str, Any]:
     """Every plot of a run that there is data for, by the name of its file, the most telling first."""
-    charts: dict[str, Any] = {}
-    if history.events:
-        charts["freezing_map"] = freezing_map(history)
+    charts = {"freezing_map": plot_freezing_map(history)} if history.events else {}
     if votes(history):
-        charts["votes"] = vote_chart(history)
+        charts["votes"] = plot_votes(history)
     if history.looks:
-        charts["looks"] = look_chart(history)
-    charts["statistic"] = statistic(history)
-    charts |= progress(history)
-    return {name: chart.configure(**theme()) for name, chart in charts.items()}
+        charts["looks"] = plot_looks(history)
+    return {**charts, "statistic": plot_statistic(history), **plot_progress(history)}

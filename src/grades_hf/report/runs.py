@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,12 +65,12 @@ class Run:
             return self.history.logs[-1]["seconds"]
         told = _part(self.results, "seconds").get("training")
         runtime = next((row["train_runtime"] for row in reversed(self.log) if "train_runtime" in row), None)
-        return next((float(value) for value in (told, runtime) if finite(value)), None)
+        return told if finite(told) else runtime if finite(runtime) else None
 
     @property
     def losses(self) -> list[Point]:
         """Step and training loss of each log."""
-        return (losses(self.history) if self.history is not None else []) or self._logged("loss")
+        return (losses(self.history) if self.history else []) or self._logged("loss")
 
     @property
     def held_out(self) -> list[Point]:
@@ -116,10 +115,8 @@ def load_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
             found += [run for run in map(_load, cells) if run.results or run.history]  # else a cell that has not ended
             continue
         if run.history is None and (len(folders) == 1 or not (run.results or run.log)):
-            raise ValueError(
-                f"RUN_DIR={str(folder)!r} holds no record of GradES: give the output directory of a run with GradES, or "
-                "save one there with engine.history.save."
-            )
+            given = f"RUN_DIR={str(folder)!r} holds no record of GradES"
+            raise ValueError(f"{given}: give the output directory of a run with GradES.")
         found.append(run)
     if not found:
         raise ValueError(f"RUN_DIR={' '.join(map(str, folders))!r} holds no run that has ended.")
@@ -153,12 +150,13 @@ def _load(path: Path) -> Run:
     results = read_json(folder / "results.json") or {}
     if not all(isinstance(results.get(key), int) for key in ("steps_run", "steps_planned")):
         results = {}  # of a run that has not ended, or of another program
-    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: _number(file.parent.name))
-    file = next((file for file in (folder / "trainer_state.json", *reversed(states)) if file.is_file()), None)
-    state = (read_json(file) or {}) if file else {}
-    rows = state.get("log_history")
+    states = [
+        read_json(file) or {}
+        for file in (*folder.glob("checkpoint-*/trainer_state.json"), folder / "trainer_state.json")
+    ]
+    state = max(states, key=lambda state: step if finite(step := state.get("global_step")) else 0)
+    rows, planned = state.get("log_history"), state.get("max_steps")
     log = [row for row in rows if isinstance(row, dict) and finite(row.get("step"))] if isinstance(rows, list) else []
-    planned = state.get("max_steps")
     return Run(folder, folder.name, history, results, log, planned if isinstance(planned, int) else 0)
 
 
@@ -180,8 +178,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def _part(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = of.get(key)
     return found if isinstance(found, dict) else {}
-
-
-def _number(name: str) -> int:
-    digits = re.search(r"\d+$", name)
-    return int(digits[0]) if digits else 0

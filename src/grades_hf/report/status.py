@@ -6,6 +6,7 @@ over time and each look.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from .summary import (
     sentence,
     visible,
     votes,
-)
+)  # fmt: skip
 
 # A place of the map: what it says, its symbol (and in plain ASCII), its colour. The symbols differ without colour, too.
 STATES = {
@@ -103,10 +104,8 @@ def _written(path: Path) -> float:
     """When the newest file of the record was written; 0 where there is none."""
     newest = 0.0
     for file in [path] if path.is_file() else [*path.glob("grades_history*"), *path.glob("grades_history*/*")]:
-        try:
+        with contextlib.suppress(FileNotFoundError):  # it has just been replaced
             newest = max(newest, file.stat().st_mtime)
-        except FileNotFoundError:  # it has just been replaced
-            continue
     return newest
 
 
@@ -166,41 +165,31 @@ def freezing_map(history: History, width: int, *, unicode: bool = True) -> Itera
         label = min(max(map(len, rows)), max(4, width // 3))
         layers = sorted({layer for row in rows.values() for layer in row if layer is not None})
         across = max(1, width - label - 1)
+
+        def row_of(name: str, cells: Sequence[Any], label: int = label) -> Text:
+            line = Text(f"{visible(name)[:label]:{label}} ")
+            for components in cells:
+                symbol, plain, style = STATES[_state(components, frozen, latest)] if components else (" ", " ", "")
+                line.append(symbol if unicode else plain, style)
+            return line
+
         for start in range(0, len(layers), across):
             part = layers[start : start + across]
             yield Text(f"{'':{label}} {_ruler(part)}", style="bright_black")
             for projection, row in rows.items():
                 cells = [row.get(layer) for layer in part]
                 if any(cells):
-                    yield _row(projection, label, cells, frozen, latest, unicode)
+                    yield row_of(projection, cells)
         outside = {projection: row[None] for projection, row in rows.items() if None in row}
         if outside and layers:
             yield Text("outside of the layers", style="bright_black")
         for projection, components in outside.items():
-            yield _row(projection, label, [components], frozen, latest, unicode)
+            yield row_of(projection, [components])
     legend = Text(style="bright_black")
     for state, (symbol, ascii_symbol, style) in STATES.items():
         legend.append(symbol if unicode else ascii_symbol, style).append(f" {state}  ")
     legend.rstrip()
     yield legend
-
-
-def _row(
-    name: str,
-    label: int,
-    cells: Sequence[Sequence[Mapping[str, Any]] | None],
-    frozen: Mapping[str, int],
-    latest: Mapping[str, float],
-    unicode: bool,
-) -> Text:
-    line = Text(f"{visible(name)[:label]:{label}} ")
-    for components in cells:
-        if components is None:
-            line.append(" ")
-            continue
-        symbol, ascii_symbol, style = STATES[_state(components, frozen, latest)]
-        line.append(symbol if unicode else ascii_symbol, style)
-    return line
 
 
 def _state(components: Sequence[Mapping[str, Any]], frozen: Mapping[str, int], latest: Mapping[str, float]) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from ..record.history import History
 
 # As data flows through a block; anything else follows in the order of the model.
 PROJECTION_ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 QUORUM = 0.5  # the share of votes at which a look is due (ending/ending.py, which imports torch)
-MARGIN = 3.0  # standard errors by which the average has to be better (the same)
 
 
 def visible(text: str) -> str:
@@ -38,19 +37,19 @@ def has_thresholds(history: History) -> bool:
     return any(component["tau"] is not None for component in history.components) or bool(history.events)
 
 
-def finite(value: Any) -> bool:
+def finite(value: Any) -> TypeGuard[float]:
     """Whether it is a number, and neither infinite nor NaN."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def losses(history: History) -> list[tuple[int, float]]:
+def losses(history: History) -> list[tuple[float, float]]:
     """Step and training loss of each log that has one."""
     return [(row["step"], row["loss"]) for row in history.logs if finite(row.get("loss"))]
 
 
-def votes(history: History) -> list[tuple[int, float]]:
+def votes(history: History) -> list[tuple[float, float]]:
     """Step and share of votes of each log that has one, and of each look."""
-    shares = {int(row["step"]): float(row["votes"]) for row in history.logs if finite(row.get("votes"))}
+    shares = {row["step"]: float(row["votes"]) for row in history.logs if finite(row.get("votes"))}
     shares |= {look["step"]: look["votes"] / max(1, look["components"]) for look in history.looks}
     return sorted(shares.items())
 
@@ -148,17 +147,13 @@ LOOK_HEADS = ("step", "votes", "loss", "with averaged weights", "difference", "v
 
 def look_rows(history: History) -> list[tuple[str, ...]]:
     """Each look as text under `LOOK_HEADS`."""
-    return [
-        (
-            f"{look['step']:,}",
-            f"{look['votes']:,} of {look['components']:,}",
-            f"{look['loss']:.4f}",
-            f"{look['average_loss']:.4f}",
-            f"{look['difference']:+.4f}" + (f" ± {look['error']:.4f}" if finite(look["error"]) else ""),
-            "end" if look["ended"] else "go on",
-        )
-        for look in history.looks
-    ]
+    rows = []
+    for look in history.looks:
+        error = f" ± {look['error']:.4f}" if finite(look["error"]) else ""
+        voted, verdict = f"{look['votes']:,} of {look['components']:,}", "end" if look["ended"] else "go on"
+        numbers = f"{look['loss']:.4f}", f"{look['average_loss']:.4f}", f"{look['difference']:+.4f}{error}"
+        rows.append((f"{look['step']:,}", voted, *numbers, verdict))
+    return rows
 
 
 def rule(history: History) -> str:
@@ -171,32 +166,24 @@ def rule(history: History) -> str:
         return ", ".join([monitors, *tau, when]) + "."
     rise = history.config.get("rise")
     over = f"{rise:.0%} over its own minimum" if finite(rise) else "well over its own minimum"
-    return f"{monitors}. A component votes while it is {over}; at {QUORUM:.0%} of votes held-out rows are looked at."
+    return (
+        f"{monitors}: a matrix votes while this statistic, smoothed, is {over}; when half of them vote, held-out rows "
+        "are looked at."
+    )
 
 
-def summarize(
-    history: History,
-    *,
-    steps_run: int | None = None,
-    evaluation: Mapping[str, Any] | None = None,
-    seconds: Mapping[str, float] | None = None,
-    compute: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
+def summarize(history: History, *, steps_run: int | None = None, **extras: Mapping[str, Any] | None) -> dict[str, Any]:
     """The run as a dict that JSON can hold.
 
     Args:
         history: What GradES recorded.
         steps_run: Optimizer steps that were run; default: the last one that the record tells of.
-        evaluation: Accuracy, as `{"task": str, "rows": int, "before": {...}, "after": {...}}`, the inner mappings with
-            `acc` and `acc_norm` as fractions and their `_stderr`, or `loss`. Each part may be missing.
-        seconds: Wall time by what it went into, e.g. `{"training": 212.0, "evaluation": 95.0}`.
-        compute: FLOPs, as `{"used": float, "full": float, "saved": fraction}`, and `validation` where there was any.
+        extras: What the caller knows besides (evaluation, seconds, compute); kept as it is where there is any.
 
     Returns:
         Keys: steps_run, steps_planned, grace_steps, monitors, tau (smallest and largest, where there is one), looks
         (how many, and `ended`, whether the last one ended the run; where nothing freezes), components, frozen,
-        parameters, frozen_parameters, groups (one dict per group: group, components, frozen, first, last), and
-        `evaluation`, `seconds` and `compute` as they were given, where they were.
+        parameters, frozen_parameters, groups (one dict per group: group, components, frozen, first, last), and extras.
     """
     frozen, rows = history.frozen, []
     for label, members in by_group(history).items():
@@ -218,8 +205,23 @@ def summarize(
         "frozen_parameters": sum(c["numel"] for c in history.components if c["name"] in frozen),
         "groups": rows,
     }
-    extras = {"evaluation": evaluation, "seconds": seconds, "compute": compute}
     return summary | {name: dict(value) for name, value in extras.items() if value}
+
+
+def facts(history: History) -> list[tuple[str, str]]:
+    """The run as (what, value) pairs of text, for a table."""
+    freezes, summary = has_thresholds(history), summarize(history)
+    after = f"; freezing after {history.t_grace}" if freezes else ""
+    rows = [("steps", f"{summary['steps_run']} of {history.total_steps} planned{after}")]
+    for group in summary["groups"]:
+        when = f", first at step {group['first']}, last at step {group['last']}" if group["frozen"] else ""
+        number = f"{group['frozen']} of {group['components']} frozen{when}"
+        rows.append((group["group"], number if freezes else f"{group['components']} matrices"))
+    if found := saved(history):
+        rows.append(("compute saved", f"{found[0]:.1%} {found[1]}"))
+    if history.versions:
+        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in history.versions.items())))
+    return rows
 
 
 def places(history: History) -> dict[str | None, dict[str, dict[int | None, list[dict[str, Any]]]]]:
@@ -235,6 +237,32 @@ def places(history: History) -> dict[str | None, dict[str, dict[int | None, list
     return {tower: found[tower] for tower in towers}
 
 
+def step_tables(history: History, frozen: Mapping[str, int]) -> Iterator[tuple[str | None, list[list[str]]]]:
+    """For each tower its name and a table of layers by matrices, heads first, with the steps of freezing (`CELLS`)."""
+    for tower, columns in places(history).items():
+        layers = sorted({layer for column in columns.values() for layer in column if layer is not None})
+        outside: list[int | None] = [None] if any(None in column for column in columns.values()) else []
+        rows = [["layer", *map(visible, columns)]]
+        for layer in [*layers, *outside]:
+            cells = [_cell(column.get(layer, ()), frozen) for column in columns.values()]
+            rows.append(["outside" if layer is None else str(layer), *cells])
+        yield tower, rows
+
+
+CELLS = (
+    "A number is the optimizer step from which on the matrix is frozen, - one that is not. k/n: k of n matrices in this "
+    "place are frozen."
+)
+
+
+def _cell(components: Sequence[Mapping[str, Any]], frozen: Mapping[str, int]) -> str:
+    steps = sorted(frozen[component["name"]] for component in components if component["name"] in frozen)
+    if not steps:
+        return "-" if components else ""
+    span = str(steps[0]) if steps[0] == steps[-1] else f"{steps[0]} to {steps[-1]}"
+    return span if len(steps) == len(components) else f"{len(steps)}/{len(components)}: {span}"
+
+
 def seconds_per_step(history: History) -> float | None:
     """Wall time of an optimizer step: over the whole run once it has ended, else over the last ten logs."""
     rows: list[dict[str, float]] = [{"step": 0, "seconds": 0.0}, *history.logs]
@@ -243,73 +271,11 @@ def seconds_per_step(history: History) -> float | None:
     return (last["seconds"] - first["seconds"]) / steps if steps > 0 else None
 
 
-def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The summary as (what, value) pairs of text, for a table on the terminal or in markdown.
-
-    Args:
-        summary: What `summarize` returns, or a dict with some of its keys: what is missing is left out.
-    """
-    rows = []
-    if "steps_run" in summary:
-        rows.append(("steps", f"{summary['steps_run']} of {summary['steps_planned']} planned"))
-    if "looks" in summary:
-        number, ended = summary["looks"]["number"], summary["looks"]["ended"]
-        said = "none was proposed" if not number else f"{number}, the last one ended the run" if ended else f"{number}"
-        rows.append(("looks at held-out rows", said))
-    elif "components" in summary:
-        share = summary["frozen_parameters"] / max(summary["parameters"], 1)
-        number = f"{summary['frozen']} of {summary['components']}"
-        rows.append(("frozen", f"{number} components, {share:.0%} of their parameters"))
-    for group in summary.get("groups", ()):
-        text = f"{group['frozen']} of {group['components']}"
-        if group["frozen"]:
-            text += f", first at step {group['first']}, last at step {group['last']}"
-        rows.append((f"  {group['group']}", f"{group['components']} components" if "looks" in summary else text))
-    rows += _accuracy_rows(summary.get("evaluation") or {})
-    if seconds := summary.get("seconds"):
-        rows.append(("time", ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())))
-    if compute := summary.get("compute"):
-        text = f"{compute['saved']:.1%} ({compute['used']:.3g} of {compute['full']:.3g} FLOPs)"
-        if compute.get("validation"):
-            text += f", besides {compute['validation']:.3g} for validation"
-        rows.append(("compute saved", text))
-    return rows
-
-
-def to_markdown(summary: Mapping[str, Any], title: str = "GradES run", notes: Mapping[str, str] | None = None) -> str:
-    """The summary as a markdown page.
-
-    Args:
-        summary: What `summarize` returns.
-        title: Heading of the page.
-        notes: More rows for the table, in front: what the caller knows of model, data and options.
-    """
-    pairs = [*(notes or {}).items(), *table_rows(summary)]
-    if "tau" in summary:
-        low, high = summary["tau"]
-        tau = f"tau {low:g}" + ("" if low == high else f" to {high:g}")
-        pairs.append(
-            ("statistic", f"{', '.join(summary['monitors'])}, {tau}, none frozen up to step {summary['grace_steps']}")
-        )
-    lines = [f"# {title}", "", "| | |", "|---|---|"]
-    lines += [f"| {escape(what.strip())} | {escape(value)} |" for what, value in pairs]
-    return "\n".join(lines) + "\n"
-
-
-def _accuracy_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    for metric in ("acc", "acc_norm", "loss"):
-        parts = []
-        for when in ("before", "after"):
-            scores = evaluation.get(when) or {}
-            if metric not in scores:
-                continue
-            error = scores.get(f"{metric}_stderr")
-            value = f"{scores[metric]:.4f}" if metric == "loss" else f"{scores[metric]:.1%}"
-            parts.append(f"{value}{'' if error is None else f' ± {error:.1%}'} {when}")
-        if parts:
-            rows.append((" ".join(filter(None, (evaluation.get("task"), metric))), ", ".join(parts)))
-    return rows
+def to_markdown(summary: Mapping[str, Any], title: str = "GradES run") -> str:
+    """What `summarize` returns as a table in Markdown."""
+    rows = [(name.replace("_", " "), str(value)) for name, value in summary.items() if name != "groups"]
+    rows += [(row["group"], f"{row['frozen']} of {row['components']} frozen") for row in summary.get("groups", ())]
+    return f"# {escape(title)}\n\n{markdown_table(('', ''), rows)}\n"
 
 
 def duration(seconds: float) -> str:
