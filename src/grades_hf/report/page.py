@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .charts import Point, load_altair, save_chart, theme
+from .charts import load_altair, save_chart, theme
 from .curves import lines
 from .freezing_map import HEADS, component_rows
 from .plots import all_plots, plot_losses
@@ -72,7 +72,7 @@ def to_html(runs: Sequence[Run]) -> str:
     else:
         title = f"GradES: {len(runs)} runs"
         body = _comparison(runs, charts) + "".join(
-            f'<details class="run"><summary><h2>{_text(run.label)}</h2> {_text(_short(run))}</summary>'
+            f'<details class="run"><summary><h2>{_text(run.label)}</h2> {_text(_did(run))}</summary>'
             f"{_section(run, charts)}</details>"
             for run in runs
             if run.history is not None
@@ -141,9 +141,7 @@ def _section(run: Run, charts: _Charts) -> str:
     large = "".join(charts.figure(name, plots[name]) for name in ("freezing_map", "statistic") if name in plots)
     small = "".join(charts.figure(name, plots[name]) for name in SMALL if name in plots)
     if run.held_out:
-        small += charts.figure(
-            "held_out", lines({"": run.held_out}, max(1, *steps), "Held-out loss", "loss").configure(**theme())
-        )
+        small += charts.figure("held_out", lines({"": run.held_out}, max(1, *steps), "Held-out loss", "loss"))
     return (
         f'<p class="lead">{model}{_text(sentence(history))}</p>'
         + "".join(f'<p class="note" role="status">{_text(note)}</p>' for note in notes)
@@ -163,88 +161,51 @@ def _section(run: Run, charts: _Charts) -> str:
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """The figures at the top: what, the figure, and of what it is."""
-    history = run.history
+    history, (steps, planned), saved, seconds = run.history, run.steps, run.saved, run.seconds
     assert history is not None
-    steps, planned = run.steps
     tiles = [("steps", f"{steps:,}", f"of {planned:,} planned")]
     if has_thresholds(history):
-        frozen = history.frozen
-        first, last = min(frozen.values(), default=0), max(frozen.values(), default=0)
-        when = f"at step {first:,}" if first == last else f"between steps {first:,} and {last:,}"
-        tiles.append(("matrices frozen", f"{len(frozen):,} of {len(history.components):,}", when if frozen else ""))
+        froze = sorted(history.frozen.values())
+        when = f"between steps {froze[0]:,} and {froze[-1]:,}" if froze else ""
+        tiles.append(("matrices frozen", f"{len(froze):,} of {len(history.components):,}", when))
     else:
-        number = len(history.looks)
-        said = "the last one ended the run" if ended_by_look(history) else "all said to go on"
-        tiles.append(
-            (
-                "looks at held-out rows",
-                f"{number}",
-                said if number else "none was proposed" if run.ended else "none so far",
-            )
-        )
-        if number:
-            look = history.looks[-1]
+        said = "none was proposed" if run.ended else "none so far"
+        for look in history.looks[-1:]:
+            said = "the last one ended the run" if look["ended"] else "all said to go on"
             of = f"at the last look; {look['loss']:.4f} without averaging"
             tiles.append(("held-out loss", f"{look['average_loss']:.4f}", of))
-    tiles.append(("compute saved", *((f"{run.saved[0]:.1%}", run.saved[1]) if run.saved else ("not counted", ""))))
-    seconds = run.seconds
-    tiles.append(("training time", *((NONE, "") if seconds is None else (duration(seconds), "wall clock"))))
-    return tiles
+        tiles.insert(1, ("looks at held-out rows", f"{len(history.looks)}", said))
+    tiles.append(("compute saved", f"{saved[0]:.1%}", saved[1]) if saved else ("compute saved", "not counted", ""))
+    return [*tiles, ("training time", *((NONE, "") if seconds is None else (duration(seconds), "wall clock")))]
 
 
 def _comparison(runs: Sequence[Run], charts: _Charts) -> str:
     """The runs side by side."""
-    heads = [
-        "run",
-        "steps",
-        "what GradES did",
-        "compute saved",
-        "training loss",
-        "held-out loss",
-        "after training",
-        "training time",
-    ]
-    rows = []
-    for run in runs:
-        training, held_out = run.losses, run.held_out
-        rows.append(
-            [
-                run.label,
-                f"{run.steps[0]:,} of {run.steps[1]:,}" + ("" if run.ended else ", not ended"),
-                _did(run),
-                "" if run.history is None else "not counted" if run.saved is None else f"{run.saved[0]:.1%}",
-                f"{training[-1][1]:.4f}" if training else NONE,
-                f"{held_out[-1][1]:.4f}" if held_out else NONE,
-                run.quality or NONE,
-                NONE if run.seconds is None else duration(run.seconds),
-            ]
-        )
-    keep = [
-        i
-        for i, head in enumerate(heads)
-        if head not in ("held-out loss", "after training") or any(row[i] != NONE for row in rows)
-    ]
-    heads, rows = [heads[i] for i in keep], [[row[i] for i in keep] for row in rows]
+    columns: dict[str, list[str]] = {
+        "run": [run.label for run in runs],
+        "steps": [f"{r.steps[0]:,} of {r.steps[1]:,}" + ("" if r.ended else ", not ended") for r in runs],
+        "what GradES did": [_did(run) for run in runs],
+        "compute saved": ["" if r.history is None else f"{r.saved[0]:.1%}" if r.saved else "not counted" for r in runs],
+        "training loss": [f"{run.losses[-1][1]:.4f}" if run.losses else NONE for run in runs],
+        "held-out loss": [f"{run.held_out[-1][1]:.4f}" if run.held_out else NONE for run in runs],
+        "after training": [run.quality or NONE for run in runs],
+        "training time": [NONE if run.seconds is None else duration(run.seconds) for run in runs],
+    }
+    columns = {head: cells for head, cells in columns.items() if set(cells) != {NONE}}
     text = "".join(charts.figure(name, chart) for name, chart in _overlaid(runs).items())
-    table = _table(heads, rows, numbers=set(heads) - {"run", "what GradES did", "after training"})
+    numbers = columns.keys() - {"run", "what GradES did", "after training"}
+    table = _table(list(columns), list(zip(*columns.values(), strict=True)), numbers)
     return f'<p class="lead">{len(runs)} runs side by side.</p>{table}{text}<h2>Each run</h2>'
 
 
 def _overlaid(runs: Sequence[Run]) -> dict[str, Any]:
     """The losses of several runs, each kind in one chart."""
-    if len(runs) == 1:
-        return {}
-    charts, to = {}, max(1, *(max(run.steps) for run in runs))
-    kinds: dict[str, tuple[str, dict[str, list[Point]]]] = {
-        "held_out": ("Held-out loss", {run.label: run.held_out for run in runs if run.held_out}),
-        "losses": ("Training loss", {run.label: run.losses for run in runs if run.losses}),
-    }
-    for name, (title, curves) in kinds.items():
-        if curves:
-            charts[name] = plot_losses(
-                {visible(label): points for label, points in curves.items()}, title, total_steps=to
-            )
-    return charts
+    to = max(1, *(max(run.steps) for run in runs))
+    held_out = {visible(run.label): run.held_out for run in runs if run.held_out}
+    training = {visible(run.label): run.losses for run in runs if run.losses}
+    kinds = {"held_out": ("Held-out loss", held_out), "losses": ("Training loss", training)}
+    kinds = kinds if len(runs) > 1 else {}
+    return {n: plot_losses(curves, title, total_steps=to) for n, (title, curves) in kinds.items() if curves}
 
 
 def _did(run: Run) -> str:
@@ -256,11 +217,6 @@ def _did(run: Run) -> str:
     if ended_by_look(history):
         return f"ended by a look at step {history.looks[-1]['step']:,}"
     return f"looked {len(history.looks)} times, went on" if history.looks else "no look"
-
-
-def _short(run: Run) -> str:
-    worth = run.saved is not None and run.saved[0] >= 0.0005
-    return _did(run) + (f", {run.saved[0]:.1%} of the compute saved" if worth and run.saved else "")
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[str] = ()) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,9 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """Wall time of training."""
-        if self.history is not None and self.history.logs:
-            return self.history.logs[-1]["seconds"]
-        told = _part(self.results, "seconds").get("training")
-        runtime = next((row["train_runtime"] for row in reversed(self.log) if "train_runtime" in row), None)
-        return told if finite(told) else runtime if finite(runtime) else None
+        logged = [row["seconds"] for row in self.history.logs[-1:]] if self.history else []
+        told = [_part(self.results, "seconds").get("training"), *(row.get("train_runtime") for row in self.log[-1:])]
+        return next(filter(finite, [*logged, *told]), None)
 
     @property
     def losses(self) -> list[Point]:
@@ -124,10 +122,7 @@ def load_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
     if len(set(places)) < len(places):
         raise ValueError(f"RUN_DIR={' '.join(map(str, folders))!r} names a run twice.")
     common = Path(os.path.commonpath([place.parent for place in places]))
-    labels = [str(place.relative_to(common)) for place in places]
-    return [
-        Run(r.folder, label, r.history, r.results, r.log, r.planned) for r, label in zip(found, labels, strict=True)
-    ]
+    return [replace(run, label=str(place.relative_to(common))) for run, place in zip(found, places, strict=True)]
 
 
 def read_history(path: Path) -> History | None:
@@ -150,10 +145,8 @@ def _load(path: Path) -> Run:
     results = read_json(folder / "results.json") or {}
     if not all(isinstance(results.get(key), int) for key in ("steps_run", "steps_planned")):
         results = {}  # of a run that has not ended, or of another program
-    states = [
-        read_json(file) or {}
-        for file in (*folder.glob("checkpoint-*/trainer_state.json"), folder / "trainer_state.json")
-    ]
+    files = [*folder.glob("checkpoint-*/trainer_state.json"), folder / "trainer_state.json"]
+    states = [read_json(file) or {} for file in files]
     state = max(states, key=lambda state: step if finite(step := state.get("global_step")) else 0)
     rows, planned = state.get("log_history"), state.get("max_steps")
     log = [row for row in rows if isinstance(row, dict) and finite(row.get("step"))] if isinstance(rows, list) else []

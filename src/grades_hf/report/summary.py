@@ -88,7 +88,11 @@ def sentence(history: History) -> str:
         "look": f"Ended by a look at step {step} of {planned}",
         "completed": f"Ended after all {planned} steps",
     }.get(history.ended, f"Stopped at step {step} of {planned}")
-    parts = [frozen_part(history) if has_thresholds(history) else looks_part(history)]
+    share = sum(c["numel"] for c in history.components if c["name"] in history.frozen)
+    share /= max(1, sum(component["numel"] for component in history.components))
+    number = f"{len(history.frozen):,} of {len(history.components):,}"
+    frozen = f"{number} components are frozen ({share:.0%} of their parameters)"
+    parts = [frozen if has_thresholds(history) else looks_part(history)]
     savings = history.savings
     if savings and (found := saved(history)):
         early = history.ended in ("converged", "look") and step < planned
@@ -107,14 +111,6 @@ def sentence(history: History) -> str:
         if history.ended is None and step < planned:
             parts.append(f"at most {duration((planned - step) * seconds)} left")
     return f"{head}: {', '.join(parts)}."
-
-
-def frozen_part(history: History) -> str:
-    """How much is frozen."""
-    share = sum(c["numel"] for c in history.components if c["name"] in history.frozen)
-    share /= max(1, sum(component["numel"] for component in history.components))
-    number = f"{len(history.frozen):,} of {len(history.components):,}"
-    return f"{number} components are frozen ({share:.0%} of their parameters)"
 
 
 def looks_part(history: History) -> str:
@@ -145,7 +141,7 @@ def look_losses(look: Mapping[str, Any]) -> str:
 LOOK_HEADS = ("step", "votes", "loss", "with averaged weights", "difference", "verdict")
 
 
-def look_rows(history: History) -> list[tuple[str, ...]]:
+def look_rows(history: History) -> Sequence[tuple[str, ...]]:
     """Each look as text under `LOOK_HEADS`."""
     rows = []
     for look in history.looks:
@@ -249,10 +245,7 @@ def step_tables(history: History, frozen: Mapping[str, int]) -> Iterator[tuple[s
         yield tower, rows
 
 
-CELLS = (
-    "A number is the optimizer step from which on the matrix is frozen, - one that is not. k/n: k of n matrices in this "
-    "place are frozen."
-)
+CELLS = "A number is the step at which the matrix freezes, - one that does not; k/n: k of n matrices in this place do."
 
 
 def _cell(components: Sequence[Mapping[str, Any]], frozen: Mapping[str, int]) -> str:

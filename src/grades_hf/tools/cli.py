@@ -118,7 +118,8 @@ def _status(arguments: argparse.Namespace) -> str:
 
 
 def _report(arguments: argparse.Namespace) -> str:
-    from ..report.page import load_runs, to_html, write_plots
+    from ..report.page import to_html, write_plots
+    from ..report.runs import load_runs
 
     runs = load_runs(arguments.run_dirs)
     try:
