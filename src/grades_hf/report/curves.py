@@ -37,7 +37,7 @@ def plot_statistic(history: History) -> Any:
     """
     alt = load_altair()
     groups = by_group(history)
-    points = _quartiles(history, groups)
+    points, number = _quartiles(history, groups)
     low, high = _value_range(history, [point[cut] for point in points for cut in ("low", "high")])
     color, dash = color_of(list(groups))
     base = alt.Chart(alt.Data(values=points))
@@ -50,12 +50,11 @@ def plot_statistic(history: History) -> Any:
     }
     x = step_axis(end_of(history))
     hover = alt.selection_point(name="hover", on="pointerover", nearest=True, empty=False, clear="pointerout")
-    drawn = len({point["step"] for point in points})
     cuts = [alt.Tooltip(f"{cut}:Q", title=title, format=".4~g") for cut, title in
             (("median", "median"), ("low", "lower quartile"), ("high", "upper quartile"))]  # fmt: skip
     dots = base.mark_point(filled=True, size=60, aria=False).encode(
         x=x, y=alt.Y("median:Q", **y), color=color,
-        opacity=alt.value(1) if drawn == 1 else alt.condition(hover, alt.value(1), alt.value(0)),
+        opacity=alt.value(1) if len(history.steps) < 3 else alt.condition(hover, alt.value(1), alt.value(0)),
         tooltip=["group:N", alt.Tooltip("step:Q", format=",d"), *cuts, alt.Tooltip("count:Q", title="matrices")],
     )  # fmt: skip
     layers = [
@@ -68,7 +67,7 @@ def plot_statistic(history: History) -> Any:
     ]
     if not points:
         layers.append(note("no values were measured", x=alt.value(150), y=alt.value(130)))
-    some = f" {drawn:,} of {len(history.steps):,} checks are drawn." if drawn + 1 < len(history.steps) else ""
+    some = f" {number:,} of {len(history.steps):,} checks are drawn." if number < len(history.steps) else ""
     dashed = " Dashed: threshold τ." if any(c["tau"] is not None for c in history.components) else ""
     live = " not frozen yet" if history.events or dashed else ""
     subtitle = f"Median (line) and quartiles (band) by group.{dashed}{some}"
@@ -242,8 +241,11 @@ def _value_range(history: History, values: Sequence[float]) -> tuple[float, floa
     return max(low / margin**0.05, 5e-324), high * margin**0.18  # room for the notes
 
 
-def _quartiles(history: History, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """By group, at each step that has a value which a logarithmic axis can show: the quartiles, and of how many."""
+def _quartiles(history: History, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[dict[str, Any]], int]:
+    """By group, at each step that has a value which a logarithmic axis can show: the quartiles, and of how many.
+
+    The second is the number of checks that were looked at.
+    """
     import numpy as np
 
     steps, values = checks(history, max(50, 3 * MOST_POINTS // max(3, len(groups))))
@@ -260,4 +262,4 @@ def _quartiles(history: History, groups: Mapping[str, Sequence[Mapping[str, Any]
                 low, middle, high = np.quantile(found, (0.25, 0.5, 0.75)).tolist()
                 cuts = {"low": low, "median": middle, "high": high, "count": len(found)}
                 rows.append({"group": label, "step": int(step), **cuts})
-    return rows
+    return rows, len(steps)

@@ -216,7 +216,8 @@ def _did(run: Run) -> str:
         return f"{len(history.frozen):,} of {len(history.components):,} frozen"
     if ended_by_look(history):
         return f"ended by a look at step {history.looks[-1]['step']:,}"
-    return f"looked {len(history.looks)} times, went on" if history.looks else "no look"
+    number = len(history.looks)
+    return f"{number} look{'s' if number > 1 else ''}, went on" if number else "no look"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[str] = ()) -> str:
