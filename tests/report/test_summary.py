@@ -52,8 +52,8 @@ def test_towers_are_groups_of_their_own() -> None:
 def test_a_run_without_a_tau() -> None:
     run = looked()
     assert sentence(run) == (
-        "Ended by a look at step 20 of 40: 2 looks at held-out rows, the last one ended the run (loss 2.4 with averaged "
-        "weights, 2.6 without), 50.0% of the planned compute saved, loss 2, 0.5 s a step."
+        "Ended by a look at step 20 of 40: 2 looks at held-out rows, the last one ended the run (loss 2.4 with "
+        "averaged weights, 2.6 without), 50.0% of the planned compute saved, loss 2, 0.5 s a step."
     )
     assert summarize(run)["looks"] == {"number": 2, "ended": True}
     assert "tau" not in summarize(run)

@@ -191,14 +191,14 @@ def warning(history: History, suggestion: Suggestion) -> str | None:
         return None
     when = f"at step {min(steps)}" if min(steps) == max(steps) else f"between steps {min(steps)} and {max(steps)}"
     return (
-        f"Warning: all {total} components would freeze at once, {when}: such a run is one that is simply stopped there. "
-        "Ask for more compute, raise patience, or train for fewer steps."
+        f"Warning: all {total} components would freeze at once, {when}: such a run is simply stopped there. Ask for "
+        "more compute, raise patience, or train for fewer steps."
     )
 
 
 def to_text(history: History, suggestion: Suggestion, by: str = "projection") -> str:
     """The suggestion as text: thresholds, compute, and a map of layers by matrices with the freezing steps."""
-    taus = {visible(key): float(f"{value:.9g}") for key, value in suggestion.tau.items()}
+    taus = {key: float(f"{value:.9g}") for key, value in suggestion.tau.items()}
     frozen, total = suggestion.frozen, len(history.components)
     lines = [
         f"compute: {suggestion.compute:.3f} of the recorded run; {suggestion.more:.3f} with the next smaller tau",
