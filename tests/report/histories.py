@@ -64,6 +64,14 @@ def make(**fields: Any) -> History:
     )  # fmt: skip
 
 
+def changed(run: History, **fields: Any) -> History:
+    """The same record with other fields, as they stand in a file."""
+    if "values" in fields:
+        values = {name: [float(v) for v in series] for name, series in fields["values"].items()}
+        fields["values"] = {name: [v if math.isfinite(v) else None for v in series] for name, series in values.items()}
+    return History.from_dict({**run.to_dict(), **fields})
+
+
 def look(step: int, loss: float, average: float, ended: bool, votes: int = 4, error: float = 0.01) -> dict[str, Any]:
     """A look at 128 rows, of 6 components."""
     return {

@@ -15,7 +15,7 @@ from grades_hf.report import page
 from grades_hf.report.runs import load_runs
 from grades_hf.tools import cli
 
-from .histories import PROJECTIONS, history, look, looked
+from .histories import PROJECTIONS, changed, history, look, looked
 
 STRANGE = "<script>alert('x')</script>\"]+alert(1)+[\"{{data}}</script>"
 CELLS = '[aria-roledescription="rect mark"]'
@@ -366,11 +366,14 @@ def test_several_runs_are_a_table_a_plot_and_a_section_each(show: Any, tmp_path:
 
 def test_strange_names_do_no_harm(show: Any, tmp_path: Path) -> None:
     run = history(layers=1, projections=("q",), frozen=1.0)
-    (component,) = run.components
-    run.values = {STRANGE: run.values[component["name"]]}
-    run.events[0]["name"] = STRANGE
-    component |= {"name": STRANGE, "group": STRANGE, "projection": STRANGE}
-    run.config["tau"] = {STRANGE: 1.0}
+    (component,), (event,) = run.components, run.events
+    run = changed(
+        run,
+        components=[{**component, "name": STRANGE, "group": STRANGE, "projection": STRANGE}],
+        values={STRANGE: run.values[component["name"]]},
+        events=[{**event, "name": STRANGE}],
+        config={"tau": {STRANGE: 1.0}},
+    )
     at = folder(tmp_path / "<b>&'\"", run, {**results(1.0), "sources": {"model": STRANGE}})
     other = folder(tmp_path / "other", history(), {**results(1.0), "sources": {"model": "m"}})
     for folders in ([at], [at, other]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from grades_hf.report.curves import plot_progress
 from grades_hf.report.freezing_map import MOST_CELLS
 from grades_hf.report.plots import all_plots
 
-from .histories import PROJECTIONS, history, look, looked
+from .histories import PROJECTIONS, changed, history, look, looked
 
 SHAPES: dict[str, dict[str, Any]] = {
     "one layer, nothing frozen": {"layers": 1, "projections": PROJECTIONS[:4], "frozen": 0.0},
@@ -73,8 +74,7 @@ def test_a_run_that_was_not_begun_draws_too(tmp_path: Path) -> None:
 
 def test_medians_and_quartiles() -> None:
     run = history(layers=4, projections=("q",), frozen=0.0, steps=4)
-    for layer in range(4):
-        run.values[f"None.{layer}.q.0"][1] = layer + 1.0
+    run = changed(run, values={f"None.{layer}.q.0": [math.nan, layer + 1.0, 1.0, 1.0] for layer in range(4)})
     (line,) = layers(plot_statistic(run), "line")
     assert [row["step"] for row in line["rows"]] == [2, 3, 4]  # no value at the first check
     assert {key: line["rows"][0][key] for key in ("low", "median", "high", "count")} == {

@@ -14,7 +14,6 @@ import sys
 import termios
 import threading
 import time
-from array import array
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ from grades_hf.report.status import BARS, STATES, View, show, sparkline
 from grades_hf.report.summary import seconds_per_step, sentence
 from grades_hf.tools.cli import main
 
-from .histories import history, look, looked, make
+from .histories import changed, history, look, looked, make
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "grades_hf.tools.cli", "status"]
@@ -35,10 +34,9 @@ SYMBOLS = {symbol for symbol, _, _ in STATES.values()}
 def running() -> History:
     """Step 10 of 12: q froze at step 8 in layer 0, up is near its tau of 2, k far above its tau of 1."""
     run = history(layers=2, projections=("q", "k", "up"), frozen=0.0, steps=10, planned=12)
-    for name, series in run.values.items():
-        end = 8 if name == "None.0.q.0" else 10
-        run.values[name] = array("d", [{"q": 1.5, "k": 5.0, "up": 3.0}[name.split(".")[2]]] * end)
-        assert len(series) == 10
+    levels = {"q": 1.5, "k": 5.0, "up": 3.0}
+    ends = {name: 8 if name == "None.0.q.0" else 10 for name in run.values}
+    run = changed(run, values={name: [levels[name.split(".")[2]]] * end for name, end in ends.items()})
     run.events = [{"step": 8, "name": "None.0.q.0", "value": 1.5, "tau": 2.0}]
     run.logs = [
         {"step": step, "seconds": seconds, "frozen": int(step >= 8), "loss": loss}

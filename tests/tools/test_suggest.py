@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from array import array
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from grades_hf import GradES, GradESConfig, History
 from grades_hf.tools import cli
 from grades_hf.tools.suggest import Rule, _blocks, compute, replay, shares_of, suggest, to_text
+from tests.report.histories import changed, looked
 from tests.report.histories import history as made_up
-from tests.report.histories import looked
 
 PROJECTIONS = ("q", "v", "up")
 
@@ -25,11 +24,13 @@ def observed(config: dict[str, Any] | None = None, steps: int = 30, missing: boo
     """A run in which nothing froze, with falling values and some that are missing."""
     record = made_up(frozen=0.0, steps=steps, planned=steps, projections=PROJECTIONS, layers=3, **options)
     record.config = {**GradESConfig(tau=1e-300, alpha=0.3).to_dict(), **(config or {})}
-    for place, series in enumerate(record.values.values()):
+    values = {name: list(series) for name, series in record.values.items()}
+    for place, series in enumerate(values.values()):
         for index in range(1, len(series)):
             series[index] = (1 + place % 4) * (3 / index + 0.3 * math.sin(7 * index + place) ** 2)
             if missing and (index + place) % 11 == 0:
                 series[index] = math.nan
+    record = changed(record, values=values)
     for component in record.components:
         component["adapter"] = False
         component["numel"] = 10 * (1 + len(component["projection"]))
@@ -75,9 +76,8 @@ def cost_literally(record: History, frozen: dict[str, int], last: int, rule: Rul
 def test_the_replay_is_algorithm_1(check_every: int, delay: bool, patience: int, fraction: float) -> None:
     record = observed({"check_every": check_every})
     keep = [index for index, step in enumerate(record.steps) if step % check_every == 0]
-    record.steps = [record.steps[index] for index in keep]
-    for name, series in record.values.items():
-        record.values[name] = array("d", [series[index] for index in keep])
+    values = {name: [series[index] for index in keep] for name, series in record.values.items()}
+    record = changed(record, steps=[record.steps[index] for index in keep], values=values)
     rule = Rule(9, patience, fraction, delay, freeze_prefix=True)
     shares = shares_of(record)
     blocks = _blocks(record, shares)
@@ -237,8 +237,7 @@ def test_a_run_without_a_tau_names_its_statistic() -> None:
 
 def test_thresholds_that_freeze_everything_at_once_are_warned_of() -> None:
     record = observed(missing=False)
-    for series in record.values.values():
-        series[:] = array("d", [1.0] * len(series))
+    record = changed(record, values={name: [1.0] * 30 for name in record.values})
     text = to_text(record, suggest(record, 0.7))
     assert "Warning: all 9 components would freeze at once, at step 10:" in text
     assert "Warning" not in to_text(observed(), suggest(observed(), 0.7))
@@ -248,8 +247,9 @@ def test_thresholds_that_freeze_everything_at_once_are_warned_of() -> None:
 @pytest.mark.parametrize("all_of_them", [False, True])
 def test_degenerate_values_give_a_sentence(value: float, all_of_them: bool) -> None:
     record = observed(missing=False)
-    for name in list(record.values)[: None if all_of_them else 1]:
-        record.values[name] = array("d", [value] * 30)
+    names = list(record.values)[: None if all_of_them else 1]
+    values = {name: [value] * 30 if name in names else list(series) for name, series in record.values.items()}
+    record = changed(record, values=values)
     if all_of_them and not 0 < value < 1e300:
         with pytest.raises(ValueError, match="no value greater than 0 was recorded after step 9"):
             suggest(record, 0.7)
@@ -261,6 +261,4 @@ def test_degenerate_values_give_a_sentence(value: float, all_of_them: bool) -> N
 
 def made_up_empty() -> History:
     record = observed()
-    record.steps = []
-    record.values = {name: array("d") for name in record.values}
-    return record
+    return changed(record, steps=[], values={name: [] for name in record.values})

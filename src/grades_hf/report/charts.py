@@ -119,7 +119,8 @@ def checks(history: History, most: int = MOST_POINTS) -> tuple[Sequence[int], Ma
     A series may be shorter than the steps: it ends where its component froze.
     """
     if hasattr(history, "sampled"):
-        history = history.sampled(most)
+        found = history.sampled(most)
+        return found.steps, found.values
     places = thin(range(len(history.steps)), most)
     if len(places) == len(history.steps):
         return history.steps, history.values

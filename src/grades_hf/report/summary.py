@@ -87,7 +87,7 @@ def sentence(history: History) -> str:
         "converged": f"Ended by GradES at step {step} of {planned}",
         "look": f"Ended by a look at step {step} of {planned}",
         "completed": f"Ended after all {planned} steps",
-    }.get(history.ended, f"Stopped at step {step} of {planned}")
+    }.get("look" if ended_by_look(history) else history.ended, f"Stopped at step {step} of {planned}")
     share = sum(c["numel"] for c in history.components if c["name"] in history.frozen)
     share /= max(1, sum(component["numel"] for component in history.components))
     number = f"{len(history.frozen):,} of {len(history.components):,}"
