@@ -224,9 +224,10 @@ def _groups(history: History, width: int, *, unicode: bool) -> Table:
     if trend:
         table.add_column("over the checks", no_wrap=True)
     frozen, latest = history.frozen, history.latest()
+    measured = latest.keys() - frozen.keys()
     _, values = checks(history, TREND) if trend else ((), {})
     for label, members in by_group(history).items():
-        live = [component for component in members if component["name"] in latest.keys() - frozen.keys()]
+        live = [component for component in members if component["name"] in measured]
         number = sum(component["name"] in frozen for component in members)
         row = [label, f"{number}/{len(members)}" if freezes else f"{len(members)}"]
         if wide or not with_tau:
@@ -240,7 +241,7 @@ def _groups(history: History, width: int, *, unicode: bool) -> Table:
 
 def _trend(values: Mapping[str, Sequence[float]], members: Sequence[Mapping[str, Any]]) -> list[float]:
     """The median over the group of value / tau at each of these checks that has one."""
-    series = [(values[component["name"]], component["tau"] or 1.0) for component in members]
+    series = [(list(values[component["name"]]), component["tau"] or 1.0) for component in members]
     columns = [
         [found[place] / tau for found, tau in series if place < len(found) and math.isfinite(found[place])]
         for place in range(max((len(found) for found, _ in series), default=0))

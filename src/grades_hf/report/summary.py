@@ -88,10 +88,9 @@ def sentence(history: History) -> str:
         "look": f"Ended by a look at step {step} of {planned}",
         "completed": f"Ended after all {planned} steps",
     }.get("look" if ended_by_look(history) else history.ended, f"Stopped at step {step} of {planned}")
-    share = sum(c["numel"] for c in history.components if c["name"] in history.frozen)
-    share /= max(1, sum(component["numel"] for component in history.components))
-    number = f"{len(history.frozen):,} of {len(history.components):,}"
-    frozen = f"{number} components are frozen ({share:.0%} of their parameters)"
+    names, numel = history.frozen, sum(component["numel"] for component in history.components)
+    share = sum(c["numel"] for c in history.components if c["name"] in names) / max(1, numel)
+    frozen = f"{len(names):,} of {len(history.components):,} components are frozen ({share:.0%} of their parameters)"
     parts = [frozen if has_thresholds(history) else looks_part(history)]
     savings = history.savings
     if savings and (found := saved(history)):
