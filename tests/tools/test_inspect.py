@@ -138,6 +138,7 @@ def test_the_command_as_users_call_it() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert "grades-hf inspect: error: target_modules=['nothing']" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, "no other library says a word"
 
 
 # --- docs/coverage.md --------------------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ def _late(history: History, name: str, rule: Rule) -> Lows:
 
 
 def _levels(history: History, keys: Mapping[str, str], rule: Rule) -> dict[str, float]:
-    """Key -> the median of its values greater than 0 after the grace period; where it has none, that of all."""
+    """Key -> the median of its values greater than 0 after the grace period; where there are none, of all."""
     values: dict[str, list[NDArray[np.float64]]] = {key: [] for key in keys.values()}
     for name, key in keys.items():
         found = _late(history, name, rule)[1]
