@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
@@ -34,6 +35,11 @@ def is_real(value: object) -> bool:
         return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(float(value))
     except OverflowError:
         return False
+
+
+def grace_steps(alpha: float, total_steps: int) -> int:
+    r"""$t_{grace} = \lceil \alpha T \rceil$, in decimal arithmetic: 0.55 of 100 steps are 55, not 56."""
+    return math.ceil(Fraction(str(alpha)) * total_steps)
 
 
 def _number(fits: Callable[[float], bool], what: str) -> Callable[[str, Any], Any]:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from fractions import Fraction
-
+from ..config import grace_steps
 from .rise import Rise
 from .tau import assign_thresholds
 from .threshold import Threshold
 
 __all__ = ["Rise", "Threshold", "assign_thresholds", "grace_steps", "smoothing"]
-
-
-def grace_steps(alpha: float, total_steps: int) -> int:
-    r"""$t_{grace} = \lceil \alpha T \rceil$, in decimal arithmetic: 0.55 of 100 steps are 55, not 56."""
-    return math.ceil(Fraction(str(alpha)) * total_steps)
 
 
 def smoothing(total_steps: int, check_every: int = 1) -> float:
