@@ -143,8 +143,8 @@ class GradESConfig:
     where `T` is the planned number of optimizer steps and `G_W(t)` the statistic that `monitor` names. It is frozen
     before the update of step `t`: that update does not touch it any more (Algorithm 1).
 
-    **Without** nothing freezes. The gradients propose when to look, and a look at held-out rows decides whether the run
-    ends; a moving average of the weights is returned (see `grades_hf.ending`).
+    **Without** nothing freezes. The gradients propose when to look, looks at held-out rows decide whether the run ends,
+    and a moving average of the weights is returned (see `grades_hf.ending`).
 
     What every option means stands in its field; `grades-hf options` prints it.
 
@@ -229,7 +229,7 @@ class GradESConfig:
         0.2,
         _number(lambda value: value > 0, "a finite number greater than 0: a part of the minimum"),
         """The part by which the smoothed statistic must have risen over its own minimum, in half of the components,
-        before the first look is proposed. After each look it takes 1.5 times as much.""",
+        before they propose the first look. For each look that they propose again it takes 1.5 times as much.""",
         only="look",
     )
     look_rows: int = _option(

@@ -150,11 +150,11 @@ class GradES:
         components, values = self._valid(check)
         places = torch.tensor([self._place[component.name] for component in components], dtype=torch.long)
         verdicts = self.criterion.update(places, check.step, values)  # G_W(t) < tau_W
-        if check.step <= self.t_grace or not verdicts.any():
+        if check.step <= self.t_grace:
             return
         if self.ending is not None:
-            self.ending.propose(int(verdicts.sum()))
-        else:
+            self.ending.consider(int(verdicts.sum()))
+        elif verdicts.any():
             self._freeze([components[i] for i in verdicts.nonzero().flatten().tolist()], values[verdicts])
 
     def _freeze(self, converged: Sequence[Component], values: Tensor) -> None:

@@ -89,7 +89,7 @@ class _Checked:
     extensions: list[tuple[Any, Any]]
     history: History | None
     previous: dict[str, list[Tensor | None]]
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, dict[str, Tensor]] | None
 
 
 def load(engine: GradES, saved: Mapping[str, Any]) -> None:
@@ -119,7 +119,9 @@ def _check(engine: GradES, state: Mapping[str, Any], changed: Mapping[str, Any])
         opened = None if state.get("open") is None else Check.from_state(state["open"])
         ended = None if state.get("ended") is None else str(state["ended"])
         previous = {str(name): list(tensors) for name, tensors in state.get("previous", {}).items()}
-        tensors = {str(name): dict(found) for name, found in state.get("tensors", {}).items()}
+        tensors = None
+        if "tensors" in state:
+            tensors = {str(name): dict(found) for name, found in state["tensors"].items()}
         extensions = dict(state.get("extensions", {}))
     except _MALFORMED as error:
         raise ValueError(f"this is no state of GradES: {error!r} is missing or malformed.") from error
@@ -206,9 +208,9 @@ def _take_over(engine: GradES, checked: _Checked, changed: Mapping[str, Any]) ->
             if tensor is not None:
                 engine.statistics[component.monitor].restore(parameter, tensor)
     parameters = dict(engine.model.named_parameters())
-    for name, found in checked.tensors.items():
-        if (extension := engine.extension(name)) is not None:
-            extension.load_tensors({parameters[key]: tensor for key, tensor in found.items() if key in parameters})
+    for extension in engine.extensions if checked.tensors is not None else ():
+        found = checked.tensors.get(extension.name, {})
+        extension.load_tensors({parameters[key]: tensor for key, tensor in found.items() if key in parameters})
 
 
 def adopt_history(engine: GradES, history: History, checksum: int | None = None) -> None:

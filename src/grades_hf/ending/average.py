@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,12 +21,12 @@ UPDATES = 20  # updates of the average within its horizon, at least
 class Average(Extension):
     r"""An exponential moving average of the trained weights, without the untrained beginning.
 
-    $$ \bar W_n = \bar W_{n-1} + a_n (W_t - \bar W_{n-1}), \qquad a_n = \max(1 / h, 2 / (n + 1)) $$
+    $$ \bar W \leftarrow \bar W + a (W_s - \bar W), \qquad a = 1 - (1 - 1/h_s)^k, \qquad
+       h_s = \min(h, \max(1, (s - 1 + k) / 2)) $$
 
-    with $W_t$ the weights after t updates and n = 1, 2, ... the updates of the average. The horizon h is a tenth of the
-    run, but not less than 10 optimizer steps; as long as n is smaller, the average reaches over the last half of the
-    steps so far. It begins anew as long as the learning rate rises (warm-up). On long runs it is updated at every k-th
-    optimizer step only, k = h / 20, where it costs next to nothing.
+    with $W_s$ the weights after s updates, s = 1 first. The horizon h is a tenth of the run, but not less than 10
+    optimizer steps; in the beginning the average reaches over the last half of the steps so far. It is updated at every
+    k-th step, k = h / 20 or 1, so that it costs next to nothing on long runs.
 
     Memory: one copy of the trained weights, in float32 or better, sharded where they are.
 
@@ -37,6 +36,7 @@ class Average(Extension):
 
     Attributes:
         parameters: What is averaged: all that is trained.
+        every: k.
     """
 
     name = "average"
@@ -45,31 +45,34 @@ class Average(Extension):
         self.horizon = horizon
         self.every = max(1, int(horizon / UPDATES))
         self.device = device
-        self.number = 0  # n
+        self.parameters: list[Tensor] = []
+        self._origin = 0  # the step that s counts from; 0 but for a run that has lost its average
         self._average: dict[Tensor, Tensor] = {}
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is an average already."""
+        return bool(self._average)
+
     def attach(self, run: Run, undo: ExitStack) -> None:
-        self._warm_up: Any = run.extension("warm_up")
+        self._run = run
         self.parameters = [p for p in run.model.parameters() if p.requires_grad and p.is_floating_point()]
         undo.callback(self._close)
 
     @torch.no_grad()
-    def on_step_end(self, step: Step) -> None:
-        if self._warm_up.rising:
-            self.number = 0
-        if (step.t - 1) % self.every and self.number:
+    def before_check(self, step: Step) -> None:
+        updates = step.t - 1 - self._origin  # s
+        if updates < 1 or (updates - 1) % self.every:
             return
-        self.number += 1
-        if self.number == 1:
+        if not self._average:
             self._average = {p: self._copy(p) for p in self.parameters}
-            return
-        weight = max(self.every / self.horizon, 2 / (self.number + 1))
+        horizon = min(self.horizon, max(1.0, (updates - 1 + self.every) / 2))
+        weight = 1 - (1 - 1 / horizon) ** self.every
         groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for parameter, average in self._average.items():
-            now = local(parameter.detach())
             averages, weights = groups.setdefault((average.device, average.dtype), ([], []))
             averages.append(average)
-            weights.append(now.to(average.device, average.dtype))
+            weights.append(local(parameter.detach()).to(average.device, average.dtype))
         for averages, weights in groups.values():
             torch._foreach_lerp_(averages, weights, weight)
 
@@ -96,27 +99,29 @@ class Average(Extension):
         return dict(self._average)
 
     def load_tensors(self, tensors: Mapping[Tensor, Tensor]) -> None:
-        if not self.number:
-            return
-        if tensors.keys() != set(self.parameters):
-            self.number = 0  # it begins anew
-            logger.warning("GradES: the checkpoint does not hold the average of the weights, so it begins anew.")
-            return
-        self._average = {
-            p: local(placed_like(tensors[p], p)).to(self.device or p.device, self._dtype(p)) for p in self.parameters
-        }
+        if tensors and tensors.keys() == set(self.parameters):
+            self._average = {
+                p: local(placed_like(tensors[p], p)).to(self.device or p.device, self._dtype(p))
+                for p in self.parameters
+            }
+        elif self._run.t > 0:
+            self._origin = max(0, self._run.t - 1)
+            logger.warning(
+                "GradES: the checkpoint does not hold the average of the weights (it was saved without the optimizer, or "
+                "without GradES), so it begins anew."
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"number": self.number}
+        return {"origin": self._origin}
 
     def check(self, state: Mapping[str, Any]) -> int:
-        number = int(state["number"])
-        if number < 0 or not math.isfinite(number):
-            raise ValueError(f"the average of a checkpoint cannot have had {number} updates.")
-        return number
+        origin = int(state["origin"])
+        if origin < 0:
+            raise ValueError(f"the average of a checkpoint cannot have begun at step {origin}.")
+        return origin
 
     def load(self, checked: int) -> None:
-        self.number = checked
+        self._origin = checked
 
     def _copy(self, parameter: Tensor) -> Tensor:
         return local(parameter.detach()).to(self.device or parameter.device, self._dtype(parameter), copy=True)
@@ -127,3 +132,4 @@ class Average(Extension):
 
     def _close(self) -> None:
         self._average, self.parameters = {}, []
+        del self._run

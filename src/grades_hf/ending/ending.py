@@ -17,9 +17,14 @@ from .look import HeldOut, Rows, unseen
 
 logger = logging.getLogger(__name__)
 
+# Settled by the trials that docs/criteria.md reports.
 QUORUM = 0.5  # the part of the components that take part whose votes propose a look
-AGAIN = 1.5  # how much higher the statistic must have risen for the next look
-MARGIN = 3.0  # standard errors by which the average must be better
+RAISE = 1.5  # how much higher the statistic must have risen before the gradients propose again
+EARLIEST = 0.1  # the part of the run after which the first look is due in any case
+LATER = 1.35  # how much later than the last look the next one is due in any case
+APART = 1.25  # how much later than the last look the next one may come at the earliest
+MARGIN = 3.0  # standard errors by which a difference counts
+FIRST_STEP = 10
 MOST = 12  # looks in a run
 
 NO_ROWS = (
@@ -29,17 +34,21 @@ NO_ROWS = (
 
 
 class Ending(Extension):
-    r"""Ends the run where the moving average of the weights is better than the weights themselves.
+    r"""Ends the run once the weights have got worse than an average of earlier ones.
 
-    **Propose.** A component votes while its smoothed statistic has risen to r times its own minimum (`Rise`). When half
-    of the components that take part vote, a look is due. No look is proposed while every row has been seen at most
-    once: a first epoch cannot overfit. Rising gradients mean memorizing *or* learning fast, so they decide nothing.
+    **Propose.** A component votes while its smoothed statistic has risen to r times its own minimum (`Rise`; r = 1.2 at
+    first). When half of the components that take part vote, a look is proposed, and r is multiplied by 1.5. Rising
+    gradients mean memorizing *or* learning fast, so they decide nothing: they only bring a look forward. In any case a
+    look is due after a tenth of the run, and then 1.35 times as late as the last one. No look is made while every row
+    has been seen at most once (a first epoch cannot overfit), before 1.25 times the step of the last look, or after
+    twelve looks.
 
     **Look.** For at most `look_rows` held-out rows, the same ones each time, the loss of each row is computed with the
-    weights as they are and with their average. With d the difference (average minus present) and s its standard error
-    over the rows, the run ends if $\bar d + 3 s < 0$: then it wanders around, or away from, what it had found. Else it
-    goes on, to the bit as if nobody had looked, and the next look takes a rise 1.5 times as high. There are at most
-    twelve.
+    moving average of the weights. The first look only notes these losses. Where the average has become better since
+    the last look by three standard errors of the paired difference, the run still learns and goes on. Else the losses
+    are computed with the weights as they are, too. The run ends if these are worse than those of the average by three
+    standard errors, and worse than those of the last look's average in the mean. Otherwise it goes on, to the bit as if
+    nobody had looked.
 
     **Return.** The model holds the average as soon as the run has ended (`return_weights="last"`: what it held), and
     the update of that step does not touch it any more.
@@ -48,7 +57,10 @@ class Ending(Extension):
         held_out: The held-out rows, or a function from the model to the losses of the rows.
 
     Attributes:
-        looks: One dict for each look: see `History.looks`.
+        looks: One dict for each look: `step`; `reason` ("gradients" or "schedule"); `votes` of how many `components`;
+            `rise`, the r of the votes; `rows`; `average_loss`, and where they were computed `loss` (of the weights as
+            they are), `difference` (average minus present) with its standard `error`; `since` and `since_error`
+            (average minus that of the last look); `ended`. What was not computed is None.
         share: The part of the components that take part which votes, at the last check.
 
     Raises:
@@ -61,13 +73,15 @@ class Ending(Extension):
         self._held_out = held_out
         self.looks: list[dict[str, Any]] = []
         self.share = 0.0
+        self._before: list[float] = []  # losses of the rows with the average of the last look
 
     def attach(self, run: Run, undo: ExitStack) -> None:
         if self._held_out is None:
             raise ValueError(NO_ROWS)
         self._run: Any = run
         self._rows = self._held_out
-        if not callable(self._held_out) or hasattr(self._held_out, "__getitem__"):
+        is_function = callable(self._held_out) and not hasattr(self._held_out, "__getitem__")
+        if not isinstance(self._held_out, Rows) and not is_function:
             self._rows = Rows(self._held_out, run.config.look_rows)
         self._epoch: float | None = None
         undo.callback(self._close)
@@ -75,90 +89,129 @@ class Ending(Extension):
     def before_check(self, step: Step) -> None:
         self._epoch = step.epoch
 
-    def propose(self, votes: int) -> None:
-        """So many components vote now: look if that is enough."""
-        run = self._run
+    def consider(self, votes: int) -> None:
+        """So many components vote now: look if that is enough, or if a look is due."""
+        run, average = self._run, self._run.extension("average")
         taking_part = int(run.took_part.sum())
-        self.share = votes / taking_part
-        average: Average = run.extension("average")
+        self.share = votes / taking_part if taking_part else 0.0
+        last = self.looks[-1]["step"] if self.looks else 0
         first_epoch = self._epoch is not None and self._epoch < 1
-        if self.share < QUORUM or first_epoch or len(self.looks) >= MOST or not average.number:
+        early = run.t < max(FIRST_STEP, APART * last)
+        if first_epoch or early or len(self.looks) >= MOST or run.t >= run.total_steps or not average.ready:
+            return
+        proposed = self.share >= QUORUM
+        if not proposed and run.t < (LATER * last if self.looks else EARLIEST * run.total_steps):
             return
         criterion: Rise = run.criterion
-        look = {"step": run.t, "votes": votes, "components": taking_part, "rise": criterion.level, **self._look(average)}
-        look["ended"] = look["difference"] + MARGIN * look["error"] < 0
+        look = {
+            "step": run.t,
+            "reason": "gradients" if proposed else "schedule",
+            "votes": votes,
+            "components": taking_part,
+            "rise": criterion.level,
+            **self._look(average),
+        }
+        if proposed:
+            criterion.level *= RAISE
         self.looks.append(look)
         run.history.looks = list(self.looks)
-        criterion.level *= AGAIN
-        if look["ended"]:
-            if run.config.return_weights == "average":
-                average.install()
-            run.freezer.freeze(parameter for parameter in run.model.parameters() if parameter.requires_grad)
-            run.freezer.settle()
-            run.end(self.conclude())
-        else:
-            logger.info("GradES step %d: a look says to go on (%s).", run.t, _losses(look))
+        if not look["ended"]:
+            logger.info("GradES step %d: a look at held-out rows says to go on (%s).", run.t, _losses(look))
+            return
+        if run.config.return_weights == "average":
+            average.install()
+        run.freezer.freeze(parameter for parameter in run.model.parameters() if parameter.requires_grad)
+        run.freezer.settle()
+        run.end(self.conclude())
 
-    def _look(self, average: Average) -> dict[str, float]:
+    def _look(self, average: Average) -> dict[str, Any]:
         with unseen(self._run.model):
-            present = self._losses()
             with average.installed():
-                averaged = self._losses()
-        pairs = torch.tensor(self._run.ranks.gather(list(zip(present, averaged, strict=True))), dtype=torch.float64)
-        difference = pairs[:, 1] - pairs[:, 0]
-        error = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+                now = self._losses()
+            since, since_error = _paired(now, self._before)
+            learns = since is None or since + MARGIN * since_error < 0
+            present = [] if learns else self._losses()
+        difference, error = _paired(now, present)
+        ended = difference is not None and difference + MARGIN * error < 0 and _mean(self._before) < _mean(present)
+        self._before = now
         return {
-            "rows": len(pairs),
-            "loss": pairs[:, 0].mean().item(),
-            "average_loss": pairs[:, 1].mean().item(),
-            "difference": difference.mean().item(),
-            "error": error,
+            "rows": len(now),
+            "average_loss": _mean(now),
+            "loss": _mean(present) if present else None,
+            "difference": difference,
+            "error": error if difference is not None else None,
+            "since": since,
+            "since_error": since_error if since is not None else None,
+            "ended": ended,
         }
 
     def _losses(self) -> list[float]:
-        model = self._run.model
+        run = self._run
         if isinstance(self._rows, Rows):
-            return self._rows.losses(model, self._run.ranks)
-        losses = torch.as_tensor(self._rows(model)).detach().double().flatten().tolist()
+            own = self._rows.losses(run.model, run.ranks)
+        else:
+            own = torch.as_tensor(self._rows(run.model)).detach().double().flatten().tolist()
+        losses: list[float] = run.ranks.gather(own)
         if len(losses) < 2:
             raise ValueError(
-                f"held_out returned {len(losses)} losses. It must return the loss of each held-out row, a tensor of "
-                "shape (rows,) with at least two elements."
+                f"held_out gives {len(losses)} loss(es), and a look needs at least two rows. Pass more held-out rows; a "
+                "function must return the loss of each row, a tensor of shape (rows,)."
             )
         return losses
 
     def conclude(self) -> str:
         """What came of it, in one line."""
-        look = self.looks[-1] if self.looks else None
+        look, steps = self.looks[-1] if self.looks else None, f"{self._run.t} of {self._run.total_steps} steps"
         if look is None:
-            return f"no look was proposed in {self._run.t} steps, so nothing ended the run early."
+            return f"no look at held-out rows was due in {steps}."
         if not look["ended"]:
-            return f"{len(self.looks)} look(s) in {self._run.t} steps, and each said to go on ({_losses(look)} at the last)."
-        returned = "their moving average is" if self._run.config.return_weights == "average" else "the last ones are"
+            times = "one look" if len(self.looks) == 1 else f"{len(self.looks)} looks"
+            return f"{times} at held-out rows in {steps} said to go on ({_losses(look)} at step {look['step']})."
+        returned = "the average is" if self._run.config.return_weights == "average" else "the last weights are"
+        reason = f"the gradients of {look['votes']} of {look['components']} components had risen to {look['rise']:.3g} x"
+        why = f"{reason} their minimum" if look["reason"] == "gradients" else "it was due"
         return (
-            f"the run ends at step {look['step']} of {self._run.total_steps}: the gradients of {look['votes']} of "
-            f"{look['components']} components rose to {look['rise']:.3g} times their minimum, and held-out rows say that "
-            f"the weights have got worse than their moving average ({_losses(look)}). Of the weights, {returned} returned."
+            f"the run ends at step {look['step']} of {self._run.total_steps}, because held-out rows say that the weights "
+            f"have got worse than their moving average ({_losses(look)}); {returned} returned. It was look "
+            f"{len(self.looks)} at {look['rows']} rows, made because {why}."
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"looks": self.looks, "level": self._run.criterion.level}
+        return {"looks": self.looks, "level": self._run.criterion.level, "before": self._before}
 
-    def check(self, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]], float]:
+    def check(self, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]], float, list[float]]:
         looks, level = [dict(look) for look in state["looks"]], float(state["level"])
         for look in looks:
             _losses(look)
-        return looks, level
+            look["step"] = int(look["step"])
+        before = [float(loss) for loss in state["before"]]
+        if not math.isfinite(level) or not all(map(math.isfinite, before)):
+            raise ValueError("the checkpoint's looks hold numbers that are not finite.")
+        return looks, level, before
 
-    def load(self, checked: tuple[list[dict[str, Any]], float]) -> None:
-        self.looks, self._run.criterion.level = checked
+    def load(self, checked: tuple[list[dict[str, Any]], float, list[float]]) -> None:
+        self.looks, self._run.criterion.level, self._before = checked
         self._run.history.looks = list(self.looks)
 
     def _close(self) -> None:
         self._rows = self._held_out = None
 
 
+def _paired(a: list[float], b: list[float]) -> tuple[float | None, float]:
+    """Mean of a - b over the rows, and its standard error; None where there is nothing to compare."""
+    if len(a) != len(b):
+        return None, 0.0
+    difference = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
+    return float(difference.mean()), float(difference.std()) / math.sqrt(len(a))
+
+
+def _mean(losses: list[float]) -> float:
+    return sum(losses) / len(losses)
+
+
 def _losses(look: Mapping[str, Any]) -> str:
+    if look["difference"] is None:
+        return f"loss {look['average_loss']:.4g} with the average"
     return (
         f"loss {look['average_loss']:.4g} with the average, {look['loss']:.4g} without, difference "
         f"{look['difference']:+.3g} +- {look['error']:.2g}"
