@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from grades_hf import GradES, GradESConfig
 from grades_hf.contracts import Criterion
 from grades_hf.criteria import Rise, Threshold, grace_steps, smoothing
+from grades_hf.ending.ending import RAISE
 from tests import toy
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -224,7 +225,7 @@ def loop(config: GradESConfig, rate: Callable[[int], float], resume_after: int =
     peak=st.sampled_from([1, 9]),
 )  # fmt: skip
 def test_a_run_without_tau_votes_as_the_twin(rise, monitor, check_every, delay, resume_after, peak):
-    """What the statistic does in warm-up is not remembered; after a look it takes 1.5 times as much."""
+    """What the statistic does in warm-up is not remembered; after a look a higher rise is asked for."""
     config = GradESConfig(rise=rise, monitor=monitor, check_every=check_every, delay_transfer=delay)
 
     def learning_rate(step: int) -> float:  # up to its peak, then down, and up again to half of it
@@ -244,8 +245,10 @@ def test_a_run_without_tau_votes_as_the_twin(rise, monitor, check_every, delay, 
         }
         assert votes.found[step] == expected, (step, level)
         if (look := looks.get(step + delay)) is not None:
-            assert look["votes"] == len(expected) >= len(engine.components) / 2
-            level *= 1.5
+            assert (look["votes"], look["rise"]) == (len(expected), level)
+            assert (look["reason"] == "gradients") == (len(expected) >= len(engine.components) / 2)
+            level *= RAISE if look["reason"] == "gradients" else 1
+    assert looks
     assert engine.frozen == {}
     assert engine.extension("warm_up").rate == 1e-3 * peak
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from typing import Any
 
@@ -110,6 +111,16 @@ def test_one_factor_is_worked_with_once(monkeypatch):
     engine.close()
 
 
+@pytest.fixture
+def untouched():
+    """No engine of an earlier test is at work."""
+    gc.collect()
+    GradES(toy.build("full"), GradESConfig(), total_steps=9, **UNENDING).close()
+    assert not hasattr(clip_grad._clip_grads_with_norm_, "__wrapped__")
+    assert not hasattr(torch.autograd.backward, "__wrapped__")
+
+
+@pytest.mark.usefixtures("untouched")
 def test_torch_is_as_it_was_when_the_last_run_has_ended():
     original = clip_grad._clip_grads_with_norm_
     engines = [GradES(toy.build("full"), GradESConfig(), total_steps=9, **UNENDING) for _ in range(2)]
@@ -128,6 +139,7 @@ def test_torch_is_as_it_was_when_the_last_run_has_ended():
     assert clip_grad._clip_grads_with_norm_ is original is torch.nn.utils.clip_grads_with_norm_
 
 
+@pytest.mark.usefixtures("untouched")
 def test_an_engine_that_nobody_holds_leaves_no_trace():
     """It is not closed, only gone: the next one that ends leaves torch as it was."""
     original = clip_grad._clip_grads_with_norm_
@@ -138,6 +150,7 @@ def test_an_engine_that_nobody_holds_leaves_no_trace():
     assert torch.autograd.backward is backward
 
 
+@pytest.mark.usefixtures("untouched")
 def test_a_threshold_leaves_torch_alone():
     original, backward = clip_grad._clip_grads_with_norm_, torch.autograd.backward
     engine = GradES(toy.build("full"), GradESConfig(tau=1.0), total_steps=3)
@@ -146,6 +159,7 @@ def test_a_threshold_leaves_torch_alone():
     engine.close()
 
 
+@pytest.mark.usefixtures("untouched")
 def test_another_way_of_clipping_is_refused(monkeypatch):
     backward = torch.autograd.backward
     monkeypatch.delattr(clip_grad, "_clip_grads_with_norm_")
