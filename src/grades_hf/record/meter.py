@@ -169,7 +169,7 @@ class Meter(Extension):
         return {**dataclasses.asdict(self._tally), "reason": self.reason}
 
     def check(self, state: Mapping[str, Any]) -> tuple[_Tally, str | None]:
-        tally = _Tally(**{field.name: state[field.name] for field in dataclasses.fields(_Tally)})
+        tally = _Tally(**{name: _like(default, state[name]) for name, default in vars(_Tally()).items()})
         reason = state["reason"]
         return tally, None if reason is None else str(reason)
 
@@ -312,3 +312,15 @@ def _elements(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         tensors = (leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.numel())
         inputs = next(tensors, None)
     return 1 if inputs is None else inputs.numel()
+
+
+def _like(default: Any, value: Any) -> Any:
+    """`value` as a number, a list of as many whole numbers, or a dict of them, as `default` is."""
+    if isinstance(default, list):
+        numbers = [int(number) for number in value]
+        if len(numbers) != len(default):
+            raise ValueError(f"the FLOP counts of a checkpoint hold {len(numbers)} numbers in the place of {len(default)}.")
+        return numbers
+    if isinstance(default, dict):
+        return {str(name): int(number) for name, number in value.items()}
+    return type(default)(int(value) if isinstance(default, int) else float(value))
