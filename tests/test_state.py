@@ -121,7 +121,7 @@ def test_a_damaged_state_is_taken_over_or_refused_with_a_sentence_and_changes_no
             engine.load_state_dict(bad)
         except ValueError as error:
             assert type(error) is ValueError
-            assert len(str(error)) > 20
+            assert "GradES" in str(error) or "the checkpoint" in str(error)
             assert seen(engine, model) == before
     finally:
         engine.close()
@@ -139,7 +139,7 @@ def test_a_damaged_state_is_taken_over_or_refused_with_a_sentence_and_changes_no
 def test_a_tensor_that_does_not_fit_is_found_before_anything_changes(setup, way, damage):
     engine, model, _ = engine_of(setup)
     before = seen(engine, model)
-    with pytest.raises(ValueError, match=r"does not fit|shape|malformed|sample_size"):
+    with pytest.raises(ValueError, match="in this state of GradES does not fit"):
         engine.load_state_dict(damaged(state_of(setup), way, damage))
     assert seen(engine, model) == before
     engine.close()

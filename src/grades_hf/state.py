@@ -166,19 +166,15 @@ def _check(engine: GradES, state: Mapping[str, Any], changed: Mapping[str, Any])
                         f"{tuple(known[key].shape)}: resume with the same model that it was made with."
                     )
     except _MALFORMED as error:
-        if type(error) is ValueError:
-            raise
-        raise ValueError(f"this is no state of GradES: a tensor is missing or malformed ({error!r}).") from error
+        raise ValueError(f"a tensor in this state of GradES does not fit: {_said(error)}") from error
     checked = []
     for extension in engine.extensions:
         if extension.name in extensions:
             try:
                 checked.append((extension, extension.check(extensions[extension.name])))
             except _MALFORMED as error:
-                if type(error) is ValueError:
-                    raise
                 raise ValueError(
-                    f"this is no state of GradES: of its part {extension.name!r}, {error!r} is missing or malformed."
+                    f"the part {extension.name!r} of this state of GradES cannot be used: {_said(error)}"
                 ) from error
     history = None
     if "history" in state:
@@ -292,16 +288,19 @@ def _modern(saved: Mapping[str, Any]) -> Mapping[str, Any]:
             f"the state of GradES has format {saved['format']!r}, and this version reads up to {FORMAT}. Resume with "
             "the version of grades-hf that wrote it, or a later one."
         )
+    config = saved.get("config") or {}
+    if not isinstance(config, Mapping):
+        raise ValueError(f"this is no state of GradES: its options are a {type(config).__name__}.")
+    config = dict(config)
+    deleted = [name for name in ("budget", "thaw") if config.get(name) is not None]
+    if config.get("criterion", "threshold") not in ("auto", "threshold", "rise"):
+        deleted.append("criterion")
+    if deleted:
+        raise ValueError(
+            f"the checkpoint was made with {deleted[0]}={config[deleted[0]]!r}, which is gone since grades-hf 0.2.0. "
+            "Finish this run with grades-hf 0.1.0."
+        )
     try:
-        config = dict(saved.get("config") or {})
-        deleted = [name for name in ("budget", "thaw") if config.get(name) is not None]
-        if config.get("criterion", "threshold") not in ("auto", "threshold", "rise"):
-            deleted.append("criterion")
-        if deleted:
-            raise ValueError(
-                f"the checkpoint was made with {deleted[0]}={config[deleted[0]]!r}, which is gone since grades-hf 0.2.0. "
-                "Finish this run with grades-hf 0.1.0."
-            )
         events = [dict(event) for event in saved["events"]]
         tau_free = config.get("criterion") == "rise"
         for name in ("max_frozen_fraction", "alpha", "rise") if tau_free else ("rise",):
@@ -330,6 +329,9 @@ def _modern(saved: Mapping[str, Any]) -> Mapping[str, Any]:
             "extensions": extensions,
         }
     except _MALFORMED as error:
-        if type(error) is ValueError:
-            raise
         raise ValueError(f"this is no state of GradES: {error!r} is missing or malformed.") from error
+
+
+def _said(error: BaseException) -> str:
+    """What an error says; its type, too, where it is not written for people."""
+    return str(error) if type(error) is ValueError else f"{error!r} is missing or malformed."
