@@ -282,7 +282,7 @@ def grades_state(data: dict) -> dict:
 
 STATES: dict[str, tuple[Callable[[dict], Any], str]] = {
     "no step": (lambda data: grades_state(data).pop("step") and None, "contradicts itself"),
-    "no events": (lambda data: grades_state(data).pop("events") and None, "'events'"),
+    "no events": (lambda data: grades_state(data).pop("frozen") and None, "'frozen'"),
     "no counters": (lambda data: grades_state(data).pop("criterion") and None, "'criterion'"),
     "no state": (
         lambda data: data["stateful_callbacks"]["GradESCallback"]["attributes"].update(checkpoint=None),
@@ -294,11 +294,11 @@ STATES: dict[str, tuple[Callable[[dict], Any], str]] = {
         "no usable state",
     ),
     "of another step": (lambda data: grades_state(data).update(step=5), "GradES saved its state at step 5"),
-    "events without steps": (lambda data: grades_state(data)["events"][0].pop("step") and None, "'step'"),
-    "events without names": (lambda data: grades_state(data)["events"][0].pop("name") and None, "'name'"),
-    "events of later steps": (lambda data: grades_state(data)["events"][0].update(step=7), "of later ones"),
+    "events without steps": (lambda data: grades_state(data)["frozen"][0].pop("step") and None, "'step'"),
+    "events without names": (lambda data: grades_state(data)["frozen"][0].pop("name") and None, "'name'"),
+    "events of later steps": (lambda data: grades_state(data)["frozen"][0].update(step=7), "of later ones"),
     "frozen twice": (
-        lambda data: grades_state(data)["events"].append(grades_state(data)["events"][0]),
+        lambda data: grades_state(data)["frozen"].append(grades_state(data)["frozen"][0]),
         "frozen twice",
     ),
     "counters of no kind": (lambda data: grades_state(data).update(criterion=[1, 2]), "malformed"),
@@ -367,7 +367,7 @@ def test_a_state_without_the_fields_that_came_later(whole, tmp_path, caplog):
 
     def older(data: dict) -> None:
         state = grades_state(data)
-        assert state.keys() >= {"step", "events", "criterion", "config", "total_steps", "checksum"}
+        assert state.keys() >= {"step", "frozen", "criterion", "config", "total_steps", "checksum"}
         for name in ("config", "total_steps", "checksum"):
             del state[name]
 
@@ -530,7 +530,7 @@ def test_a_state_that_does_not_fit_changes_nothing_in_the_engine(spoil):
     state = first.state_dict()
     name = first.components[0].name
     if spoil == "events":
-        state["events"] = [{"name": name, "step": 1, "value": 0.0}]
+        state["frozen"] = [{"name": name, "step": 1, "value": 0.0}]
     elif spoil == "previous":
         state["previous"][name] = [None, None]
     elif spoil == "unknown previous":

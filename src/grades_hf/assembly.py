@@ -76,7 +76,7 @@ def assemble(
     t_grace = grace_steps(config.alpha or 0.0, total_steps)
     for component in components:
         paper = "gradient_norm" if component.adapter else "gradient_change"
-        automatic = "gradient_per_loss" if config.needs_loss else paper
+        automatic = "gradient_per_loss" if config.tau is None else paper
         component.monitor = automatic if config.monitor == "auto" else config.monitor
     criterion: Criterion
     if config.tau is None:

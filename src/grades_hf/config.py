@@ -13,7 +13,6 @@ from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
-MONITORS = ("auto", "gradient_change", "gradient_norm", "weight_change", "gradient_per_loss")
 REDUCTIONS = ("sum", "mean")
 
 # Options and statistics that earlier versions had -> the values that stand for not using them (docs/criteria.md).
@@ -74,9 +73,16 @@ def _monitor(name: str, value: Any) -> Any:
     if value in DELETED_MONITORS:
         raise ValueError(
             f"monitor={value!r} is gone since grades-hf 0.2.0, because it lost against the others (docs/criteria.md "
-            f"names the commit that has it). Use one of {', '.join(MONITORS)}."
+            f"names the commit that has it). Use one of {', '.join(_monitors())}."
         )
-    return _one_of(*MONITORS)(name, value)
+    return _one_of(*_monitors())(name, value)
+
+
+def _monitors(*, tau: bool = True) -> list[str]:
+    """The values of `monitor`; without a tau those that look at one step only."""
+    from .statistics import STATISTICS  # which imports torch
+
+    return ["auto", *(name for name, statistic in STATISTICS.items() if tau or not statistic.two_steps)]
 
 
 def _names(name: str, value: Any) -> Any:
@@ -304,10 +310,8 @@ class GradESConfig:
             value = getattr(self, option.name)
             if value is not None or option.default is not None:
                 setattr(self, option.name, option.metadata["check"](option.name, value))
-        if self.tau is None and self.monitor not in ("auto", "gradient_norm", "gradient_per_loss"):
-            raise ValueError(
-                f"monitor={self.monitor!r} needs a tau. Without one the statistic is gradient_per_loss or gradient_norm."
-            )
+        if self.tau is None and self.monitor not in (without := _monitors(tau=False)):
+            raise ValueError(f"monitor={self.monitor!r} needs a tau. Without one it is one of {', '.join(without)}.")
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
             if option.metadata["only"] == ("look" if self.tau is not None else "tau") and value != option.default:
@@ -324,7 +328,9 @@ class GradESConfig:
     @property
     def needs_loss(self) -> bool:
         """Whether the statistic is divided by the loss of each step."""
-        return self.monitor == "gradient_per_loss" or (self.monitor == "auto" and self.tau is None)
+        from .statistics import STATISTICS
+
+        return STATISTICS[self.monitor].needs_loss if self.monitor != "auto" else self.tau is None
 
     def resolved(self) -> GradESConfig:
         """The same with the values that None and `"auto"` stand for, where they do not depend on the component."""

@@ -130,8 +130,8 @@ class Statistic(ABC):
         """Free what is kept for these parameters."""
 
     @abstractmethod
-    def restore(self, parameter: Tensor, previous: Tensor) -> None:
-        """Take back a copy of what `previous` held for `parameter`; a ValueError if the shape is another one."""
+    def fitting(self, parameter: Tensor, saved: Tensor) -> Tensor:
+        """What `previous` may hold for `parameter`, from what it held; a ValueError if the shape is another one."""
 
 
 class Criterion(ABC):
@@ -270,7 +270,7 @@ class Extension:
         return {}
 
     def load_tensors(self, tensors: Mapping[Tensor, Tensor]) -> None:
-        """Take back what `tensors` gave."""
+        """Take back what `tensors` gave; each has its parameter's shape."""
 
     def state_dict(self) -> dict[str, Any]:
         """All else that a checkpoint has to hold, as JSON types; empty where there is nothing."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .contracts import Check
+from .contracts import Check, Statistic
 from .record.history import History
 
 if TYPE_CHECKING:
@@ -88,14 +88,17 @@ class _Checked:
     ended: str | None
     extensions: list[tuple[Any, Any]]
     history: History | None
-    previous: dict[str, list[Tensor | None]]
+    previous: list[tuple[Statistic, Tensor, Tensor]]
     tensors: dict[str, dict[str, Tensor]] | None
 
 
 def load(engine: GradES, saved: Mapping[str, Any]) -> None:
     """Take over `saved`; see `GradES.load_state_dict`."""
     state = _modern(saved)
-    changed = _changed_options(engine, state)
+    try:
+        changed = _changed_options(engine, state)
+    except _MALFORMED as error:
+        raise ValueError(f"this is no state of GradES: {error!r} in its options.") from error
     checked = _check(engine, state, changed)
     if changed:
         logger.warning(
@@ -148,28 +151,42 @@ def _check(engine: GradES, state: Mapping[str, Any], changed: Mapping[str, Any])
                 f"the checkpoint measured {len(found)} tensors of {name}, the model has "
                 f"{len(by_name[name].measured)}: resume with the same adapter that it was made with."
             )
-    pairs = []
+    known = dict(engine.model.named_parameters())
+    kept: list[tuple[Statistic, Tensor, Tensor]] = []
+    try:
+        for name, found in previous.items() if not changed.keys() & {*SCALE} else ():
+            statistic = engine.statistics[by_name[name].monitor]
+            pairs = zip(by_name[name].measured, found, strict=True)
+            kept += [(statistic, p, statistic.fitting(p, tensor)) for p, tensor in pairs if tensor is not None]
+        for name, tensors_of in (tensors or {}).items():
+            for key, tensor in tensors_of.items():
+                if key in known and tensor.shape != known[key].shape:
+                    raise ValueError(
+                        f"the checkpoint's {name} of {key} has the shape {tuple(tensor.shape)}, and the model's is "
+                        f"{tuple(known[key].shape)}: resume with the same model that it was made with."
+                    )
+    except _MALFORMED as error:
+        raise ValueError(f"a tensor in this state of GradES does not fit: {_said(error)}") from error
+    checked = []
     for extension in engine.extensions:
         if extension.name in extensions:
             try:
-                pairs.append((extension, extension.check(extensions[extension.name])))
+                checked.append((extension, extension.check(extensions[extension.name])))
             except _MALFORMED as error:
-                if type(error) is ValueError:
-                    raise
                 raise ValueError(
-                    f"this is no state of GradES: of its part {extension.name!r}, {error!r} is missing or malformed."
+                    f"the part {extension.name!r} of this state of GradES cannot be used: {_said(error)}"
                 ) from error
     history = None
     if "history" in state:
         try:
             history = History.from_dict(state["history"])
-        except ValueError:
+        except _MALFORMED as error:
             if not changed:
-                raise
+                raise ValueError(f"the history in this state of GradES cannot be read: {error}") from error
     if changed.keys() & {*SCALE}:
         opened = None
     return _Checked(
-        step, frozen, learned, took_part, criterion, opened, ended, pairs, history, previous, tensors
+        step, frozen, learned, took_part, criterion, opened, ended, checked, history, kept, tensors
     )  # fmt: skip
 
 
@@ -197,16 +214,13 @@ def _take_over(engine: GradES, checked: _Checked, changed: Mapping[str, Any]) ->
     if checked.history is not None:
         try:
             adopt_history(engine, checked.history)
-        except ValueError as error:
+        except _MALFORMED as error:
             logger.warning("GradES: earlier values are lost from the history: %s", error)
     engine._remembers = not changed.keys() & {*SCALE}
     if not engine._remembers:
         return
-    for name, tensors in checked.previous.items():
-        component = by_name[name]
-        for parameter, tensor in zip(component.measured, tensors, strict=True):
-            if tensor is not None:
-                engine.statistics[component.monitor].restore(parameter, tensor)
+    for statistic, parameter, tensor in checked.previous:
+        statistic.previous[parameter] = tensor
     parameters = dict(engine.model.named_parameters())
     for extension in engine.extensions if checked.tensors is not None else ():
         found = checked.tensors.get(extension.name, {})
@@ -267,23 +281,26 @@ def _modern(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if not isinstance(saved, Mapping):
         raise ValueError(f"this is no state of GradES, but a {type(saved).__name__}.")
-    if saved.get("format") == FORMAT:
+    if type(saved.get("format")) is int and saved["format"] == FORMAT:
         return saved
     if "format" in saved:
         raise ValueError(
             f"the state of GradES has format {saved['format']!r}, and this version reads up to {FORMAT}. Resume with "
             "the version of grades-hf that wrote it, or a later one."
         )
+    config = saved.get("config") or {}
+    if not isinstance(config, Mapping):
+        raise ValueError(f"this is no state of GradES: its options are a {type(config).__name__}.")
+    config = dict(config)
+    deleted = [name for name in ("budget", "thaw") if config.get(name) is not None]
+    if config.get("criterion", "threshold") not in ("auto", "threshold", "rise"):
+        deleted.append("criterion")
+    if deleted:
+        raise ValueError(
+            f"the checkpoint was made with {deleted[0]}={config[deleted[0]]!r}, which is gone since grades-hf 0.2.0. "
+            "Finish this run with grades-hf 0.1.0."
+        )
     try:
-        config = dict(saved.get("config") or {})
-        deleted = [name for name in ("budget", "thaw") if config.get(name) is not None]
-        if config.get("criterion", "threshold") not in ("auto", "threshold", "rise"):
-            deleted.append("criterion")
-        if deleted:
-            raise ValueError(
-                f"the checkpoint was made with {deleted[0]}={config[deleted[0]]!r}, which is gone since grades-hf 0.2.0. "
-                "Finish this run with grades-hf 0.1.0."
-            )
         events = [dict(event) for event in saved["events"]]
         tau_free = config.get("criterion") == "rise"
         for name in ("max_frozen_fraction", "alpha", "rise") if tau_free else ("rise",):
@@ -312,6 +329,9 @@ def _modern(saved: Mapping[str, Any]) -> Mapping[str, Any]:
             "extensions": extensions,
         }
     except _MALFORMED as error:
-        if type(error) is ValueError:
-            raise
         raise ValueError(f"this is no state of GradES: {error!r} is missing or malformed.") from error
+
+
+def _said(error: BaseException) -> str:
+    """What an error says; its type, too, where it is not written for people."""
+    return str(error) if type(error) is ValueError else f"{error!r} is missing or malformed."

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from ..contracts import Statistic
+from .base import L1Statistic
 from .gradient_change import GradientChange
 from .gradient_norm import GradientNorm
 from .gradient_per_loss import GradientPerLoss
 from .sampling import Sampler
 from .weight_change import WeightChange
 
-STATISTICS: dict[str, type[GradientChange | GradientNorm | GradientPerLoss | WeightChange]] = {
-    cls.name: cls for cls in (GradientChange, GradientNorm, GradientPerLoss, WeightChange)
+STATISTICS: dict[str, type[L1Statistic]] = {
+    cls.name: cls
+    for cls in (
+        GradientChange,
+        GradientNorm,
+        WeightChange,
+        GradientPerLoss,
+    )
 }
 
 

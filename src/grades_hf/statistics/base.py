@@ -57,11 +57,8 @@ class L1Statistic(Statistic):
             if self.sampler is not None:
                 self.sampler.forget(parameter)
 
-    def restore(self, parameter: Tensor, previous: Tensor) -> None:
-        if self.sampler is None:
-            self.previous[parameter] = placed_like(previous, parameter)
-        else:
-            self.previous[parameter] = self.sampler.fitting(parameter, previous)
+    def fitting(self, parameter: Tensor, saved: Tensor) -> Tensor:
+        return placed_like(saved, parameter) if self.sampler is None else self.sampler.fitting(parameter, saved)
 
     def _sources(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
         found = ((parameter, self.source(parameter)) for parameter in parameters)
