@@ -118,8 +118,9 @@ def plot_looks(history: History) -> Any:
     for look in history.looks:
         margin = 3 * look["error"] if finite(look["error"]) else 0.0
         for which, loss, around in ((AVERAGED, look["average_loss"], margin), (PRESENT, look["loss"], 0.0)):
-            box = {"low": loss - around, "high": loss + around}
-            rows.append({"step": look["step"], "which": which, "loss": loss, **box})
+            if finite(loss):  # a look that saw the average improve did not need the other one
+                box = {"low": loss - around, "high": loss + around}
+                rows.append({"step": look["step"], "which": which, "loss": loss, **box})
     x, axis = step_axis(end_of(history)), alt.Axis(format="~g", tickCount=5)
     y = {"title": "held-out loss", "axis": axis, "scale": alt.Scale(zero=False, padding=12)}
     legend = alt.Legend(title=None, orient="top", symbolSize=90, columns=1)
@@ -134,7 +135,7 @@ def plot_looks(history: History) -> Any:
         bars.encode(x=x, y=alt.Y("low:Q", **y), y2="high:Q", color=color),
         dots.encode(x=x, y=alt.Y("loss:Q", **y), color=color, shape=shape, tooltip=tooltip),
     ]
-    subtitle = ["Bar: three standard errors of the difference.", "A look ends the run if its bar is below the square."]
+    subtitle = ["Bar: three standard errors of the difference.", "A look ends a run if its bar, and the circle before, are below its square."]
     return layered(layers, (480, 200), "What the looks saw", subtitle)
 
 

@@ -133,8 +133,9 @@ def looks_part(history: History) -> str:
 
 
 def look_losses(look: Mapping[str, Any]) -> str:
-    """Both losses of a look."""
-    return f"loss {look['average_loss']:.4g} with averaged weights, {look['loss']:.4g} without"
+    """The losses of a look: of the averaged weights, and where it was computed that of the weights themselves."""
+    without = f", {look['loss']:.4g} without" if finite(look["loss"]) else ""
+    return f"loss {look['average_loss']:.4g} with averaged weights{without}"
 
 
 LOOK_HEADS = ("step", "votes", "loss", "with averaged weights", "difference", "verdict")
@@ -146,7 +147,8 @@ def look_rows(history: History) -> Sequence[tuple[str, ...]]:
     for look in history.looks:
         error = f" ± {look['error']:.4f}" if finite(look["error"]) else ""
         voted, verdict = f"{look['votes']:,} of {look['components']:,}", "end" if look["ended"] else "go on"
-        numbers = f"{look['loss']:.4f}", f"{look['average_loss']:.4f}", f"{look['difference']:+.4f}{error}"
+        difference = f"{look['difference']:+.4f}{error}" if finite(look["difference"]) else ""
+        numbers = f"{look['loss']:.4f}" if finite(look["loss"]) else "", f"{look['average_loss']:.4f}", difference
         rows.append((f"{look['step']:,}", voted, *numbers, verdict))
     return rows
 
