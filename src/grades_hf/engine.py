@@ -316,7 +316,9 @@ class GradES:
         taus = sorted({component.tau for component in self.components if component.tau is not None})
         rule = "looks at held-out rows decide when to end"
         if taus:
-            rule = f"tau {taus[0]:g}" if len(taus) == 1 else f"{len(taus)} values of tau from {taus[0]:g} to {taus[-1]:g}"
+            rule = (
+                f"tau {taus[0]:g}" if len(taus) == 1 else f"{len(taus)} values of tau from {taus[0]:g} to {taus[-1]:g}"
+            )
             rule += f"; freezing from step {self.t_grace + 1} of {self.total_steps} on"
         return (
             f"GradES tracks {len(self.components)} components ("

@@ -530,7 +530,9 @@ def test_resume_with_restored_callbacks_keeps_the_users_handle(tmp_path):
     callback = GradESCallback(tau=1.0)
     trainer = small.trainer(llama(), tmp_path, [callback], **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    assert callback.engine.config == config.resolved()  # what "restore the callback" means: the checkpoint's options hold
+    assert (
+        callback.engine.config == config.resolved()
+    )  # what "restore the callback" means: the checkpoint's options hold
     assert set(callback.engine.frozen.values()) == {7}
     assert callback.engine.t == 12
 

@@ -13,7 +13,7 @@ import torch
 from ..contracts import Extension, Run, Step
 from ..criteria import Rise
 from .average import Average
-from .look import HeldOut, Rows, unseen
+from .look import HeldOut, RowLosses, Rows, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Ending(Extension):
         if self._held_out is None:
             raise ValueError(NO_ROWS)
         self._run: Any = run
-        self._rows = self._held_out
+        self._rows: Rows | RowLosses = self._held_out  # type: ignore[assignment]
         is_function = callable(self._held_out) and not hasattr(self._held_out, "__getitem__")
         if not isinstance(self._held_out, Rows) and not is_function:
             self._rows = Rows(self._held_out, run.config.look_rows)
@@ -168,7 +168,9 @@ class Ending(Extension):
             times = "one look" if len(self.looks) == 1 else f"{len(self.looks)} looks"
             return f"{times} at held-out rows in {steps} said to go on ({_losses(look)} at step {look['step']})."
         returned = "the average is" if self._run.config.return_weights == "average" else "the last weights are"
-        reason = f"the gradients of {look['votes']} of {look['components']} components had risen to {look['rise']:.3g} x"
+        reason = (
+            f"the gradients of {look['votes']} of {look['components']} components had risen to {look['rise']:.3g} x"
+        )
         why = f"{reason} their minimum" if look["reason"] == "gradients" else "it was due"
         return (
             f"the run ends at step {look['step']} of {self._run.total_steps}, because held-out rows say that the weights "
@@ -194,7 +196,8 @@ class Ending(Extension):
         self._run.history.looks = list(self.looks)
 
     def _close(self) -> None:
-        self._rows = self._held_out = None
+        self._held_out = None
+        del self._rows
 
 
 def _paired(a: list[float], b: list[float]) -> tuple[float | None, float]:

@@ -48,7 +48,9 @@ class Rows:
         loader = source if isinstance(source, DataLoader) or hasattr(source, "collate_fn") else None
         dataset = source if loader is None else loader.dataset
         collate = collate or (default_collate if loader is None else loader.collate_fn) or default_collate
-        if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        if isinstance(dataset, IterableDataset) or not (
+            hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        ):
             rows = list(itertools.islice(iter(dataset), number))
         else:
             size = len(dataset)
@@ -82,7 +84,13 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """What the model says its loss is."""
     output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None and isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].numel() == 1:
+    if (
+        loss is None
+        and isinstance(output, tuple)
+        and output
+        and isinstance(output[0], Tensor)
+        and output[0].numel() == 1
+    ):
         loss = output[0]
     if loss is None:
         raise ValueError(

@@ -105,7 +105,7 @@ def read_parquet(path: Path) -> dict[str, Any]:
 
 def to_pandas(history: History) -> Any:
     """A row for each check, a column for each component."""
-    import pandas as pd  # type: ignore[import-untyped]
+    import pandas as pd
 
     names = [component["name"] for component in history.components]
     return pd.DataFrame(history.to_numpy(), index=pd.Index(history.steps, name="step"), columns=names)

@@ -58,7 +58,7 @@ class Meter(Extension):
 
     def attach(self, run: Run, undo: ExitStack) -> None:
         merging = run.extension("merging")
-        self._merging: Callable[[], Collection[str]] = (lambda: merging.merged) if merging is not None else tuple  # type: ignore[attr-defined]
+        self._merging: Callable[[], Collection[str]] = (lambda: merging.merged) if merging is not None else tuple
         self._parameters = list(run.model.parameters())
         self._components = run.components
         self._begun = self._inside = False  # this step's passes; inside of a backward pass

@@ -135,7 +135,10 @@ def plot_looks(history: History) -> Any:
         bars.encode(x=x, y=alt.Y("low:Q", **y), y2="high:Q", color=color),
         dots.encode(x=x, y=alt.Y("loss:Q", **y), color=color, shape=shape, tooltip=tooltip),
     ]
-    subtitle = ["Bar: three standard errors of the difference.", "A look ends a run if its bar, and the circle before, are below its square."]
+    subtitle = [
+        "Bar: three standard errors of the difference.",
+        "A look ends a run if its bar, and the circle before, are below its square.",
+    ]
     return layered(layers, (480, 200), "What the looks saw", subtitle)
 
 

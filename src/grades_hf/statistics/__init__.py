@@ -26,4 +26,12 @@ def make_statistic(name: str, sampler: Sampler | None = None) -> Statistic:
     return STATISTICS[name](sampler)
 
 
-__all__ = ["STATISTICS", "GradientChange", "GradientNorm", "GradientPerLoss", "Sampler", "WeightChange", "make_statistic"]
+__all__ = [
+    "STATISTICS",
+    "GradientChange",
+    "GradientNorm",
+    "GradientPerLoss",
+    "Sampler",
+    "WeightChange",
+    "make_statistic",
+]
