@@ -283,7 +283,8 @@ def _look(data: Any, where: str) -> dict[str, Any]:
     for key in ("rise", "average_loss"):
         item[key] = _number(item.get(key), f"{where}.{key}")
     for key in ("loss", "difference", "error", "since", "since_error"):  # None: not computed
-        item[key] = None if item.get(key) is None else _number(item[key], f"{where}.{key}")
+        if item.get(key) is not None:
+            item[key] = _number(item[key], f"{where}.{key}")
     if not isinstance(item.get("ended"), bool):
         _fail(f"{where}.ended", item.get("ended"), "true or false")
     return item
