@@ -32,7 +32,7 @@ def history():
     found.savings = {"steps": 15, "full": 10.0, "used": 9.0, "planned": 20.0}
     found.ended, found.shares = "stopped", {NAMES[0]: 0.25}
     look = {"step": 9, "votes": 3, "components": 5, "rise": 1.25, "rows": 1, "loss": 2.0}
-    found.looks = [{**look, "average_loss": 1.5, "difference": -0.5, "error": math.inf, "ended": False}]
+    found.looks = [{**look, "average_loss": 1.5, "difference": -0.5, "error": None, "ended": False}]
     return found
 
 
