@@ -224,8 +224,11 @@ class GradES:
         row: dict[str, float] = {"step": self.t, "frozen": len(self.frozen)}
         if loss is not None:
             row["loss"] = float(loss)
+        if self.ending is not None:
+            row["votes"] = self.ending.share
         if self.meter.measured:
             row["compute_saved"] = self.savings().fraction
+            self.history.shares = self.history.shares or self.meter.shares()
         self.extension("history").log(row)
 
     def flush(self) -> None:
