@@ -75,7 +75,11 @@ def test_what_is_imported_exists(name):
 def test_only_the_adapters_know_trainer():
     for name in FILES:
         known = {taken for module, taken in imports(name) if module == "transformers"}
-        deep = {module for module, _ in imports(name) if module.startswith(("transformers.trainer", "transformers.training"))}
+        deep = {
+            module
+            for module, _ in imports(name)
+            if module.startswith(("transformers.trainer", "transformers.training"))
+        }
         if room(name) not in ("adapters", "report", "tools"):
             assert {taken for taken in known if taken.startswith(("Train", "Seq2SeqTrain"))} | deep == set(), name
         assert not any(module.split(".")[0] in ("recipes", "benchmarks", "tests") for module, _ in imports(name)), name

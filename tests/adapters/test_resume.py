@@ -108,7 +108,9 @@ def assert_same(folder: Path, expected: dict) -> None:
 @pytest.mark.compatibility("Faults", "kill -9 at any moment of a step or a checkpoint, then resume", "works")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kill", "kind"), list(zip(KILLS, cycle(["full", "lora"]), strict=False)), ids=lambda value: value if isinstance(value, str) else str(value[1])
+    ("kill", "kind"),
+    list(zip(KILLS, cycle(["full", "lora"]), strict=False)),
+    ids=lambda value: value if isinstance(value, str) else f"{value[1]} {value[0]}",
 )
 def test_killed_once(kind, kill, processes, whole_runs, tmp_path):
     tau, expected = whole_runs(kind, "gradient_change")

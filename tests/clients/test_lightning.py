@@ -13,8 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from grades_hf import GradES, GradESConfig
-from grades_hf import GradESLightningCallback
+from grades_hf import GradES, GradESConfig, GradESLightningCallback
 from tests import small
 from tests.clients.checks import same_weights
 from tests.small import llama

@@ -125,7 +125,9 @@ def test_the_series_above_fulfil_both_criteria_and_not_at_once():
 
 
 @SETTINGS
-@given(level=st.sampled_from(LEVELS), beta=st.sampled_from(BETAS), seed=st.integers(0, 10_000), power=st.integers(-40, 40))
+@given(
+    level=st.sampled_from(LEVELS), beta=st.sampled_from(BETAS), seed=st.integers(0, 10_000), power=st.integers(-40, 40)
+)
 def test_scale_does_not_matter_to_a_rise(level, beta, seed, power):
     series = a_series(seed, 60)
     scaled = [2.0**power * value for value in series]

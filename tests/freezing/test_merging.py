@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from grades_hf import GradES, GradESCallback, GradESConfig, GradESTrainer
-from grades_hf.record.counter import FlopCounter
 from grades_hf.freezing.merging import MergedLinear, merge, split
+from grades_hf.record.counter import FlopCounter
 from tests import small
 from tests.architectures import TABLE
 from tests.ddp_worker import Case

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from grades_hf import GradES, GradESCallback, GradESConfig
-from recipes import finetune_vlm
 from tests import small
 
 CHECKPOINTING = [None, False, True]  # use_reentrant
@@ -149,8 +148,9 @@ def test_the_prefix_grows_block_by_block_and_not_over_a_live_one() -> None:
     backward(model)
     engine.step()
     assert engine.extension("prefix").frozen == {}
-    for component in engine.components:
-        component.tau = 1e30 if component.layer == 0 else component.tau
+    for place, component in enumerate(engine.components):
+        if component.layer == 0:
+            engine.criterion.tau[place] = 1e30
     backward(model)
     engine.step()
     assert engine.extension("prefix").frozen["model.embed_tokens.weight"] == 2
@@ -235,6 +235,8 @@ def test_a_decoder_is_cut_off_only_when_its_encoder_is_frozen() -> None:
 
 def test_towers_that_run_one_after_the_other() -> None:
     """A vision tower's prefix takes nothing of the language model; that one's follows when all below it is frozen."""
+    from recipes import finetune_vlm
+
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(2)]
     rows = Dataset.from_dict({"image": images, "question": ["what color is it?"] * 2, "answer": ["red", "blue"]})

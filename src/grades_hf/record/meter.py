@@ -319,7 +319,7 @@ def _like(default: Any, value: Any) -> Any:
     if isinstance(default, list):
         numbers = [int(number) for number in value]
         if len(numbers) != len(default):
-            raise ValueError(f"the FLOP counts of a checkpoint hold {len(numbers)} numbers in the place of {len(default)}.")
+            raise ValueError(f"the FLOP counts of the checkpoint have {len(numbers)} numbers instead of {len(default)}.")
         return numbers
     if isinstance(default, dict):
         return {str(name): int(number) for name, number in value.items()}
