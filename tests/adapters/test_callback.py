@@ -170,13 +170,13 @@ def test_what_needs_evaluations_gets_them_and_is_refused_where_they_are_to_be_le
 
 
 @pytest.mark.compatibility("Trainer", "GradESCallback() without options", "works")
-def test_a_run_that_overfits_ends_and_returns_the_average(make_model, tmp_path):
+def test_a_run_that_overfits_ends_and_returns_the_average(tmp_path):
     """Four rows again and again: held-out rows get worse and worse."""
 
     def train(callbacks):
         options = {"max_steps": 150, "learning_rate": 2e-2, "lr_scheduler_type": "constant", "logging_steps": 150}
         extra = {"eval_dataset": tokens(16, seed=9)}
-        trainer = small.trainer(make_model(), tmp_path, callbacks, extra=extra, **options)
+        trainer = small.trainer(llama(), tmp_path, callbacks, extra=extra, **options)
         trainer.train_dataset = trainer.train_dataset.select(range(4))
         trainer.train()
         return trainer, trainer.evaluate()["eval_loss"]
