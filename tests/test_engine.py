@@ -223,9 +223,17 @@ def test_a_matrix_that_took_no_part_in_a_step_has_no_value(monitor):
 
 
 @pytest.mark.compatibility("Custom loops", "state_dict and load_state_dict", "works")
-@pytest.mark.parametrize("make", [llama, lora])
-@pytest.mark.parametrize("monitor", ["gradient_change", "gradient_norm", "weight_change"])
-@pytest.mark.parametrize("stop_at", [1, 4, 7, 9])
+@pytest.mark.parametrize(
+    ("make", "monitor", "stop_at"),
+    [
+        (llama, "gradient_change", 7),
+        (lora, "gradient_change", 1),
+        (lora, "gradient_norm", 4),
+        (llama, "gradient_norm", 9),
+        (llama, "weight_change", 4),
+        (lora, "weight_change", 7),
+    ],
+)
 def test_saved_and_loaded_equals_uninterrupted(make, monitor, stop_at):
     seen, _, _ = train(make(), GradESConfig(tau=1e-30, monitor=monitor))
     config = GradESConfig(tau=between(seen.history.values), alpha=0.4, monitor=monitor, patience=2)

@@ -76,23 +76,35 @@ def assert_refused(
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any], dict[str, Any]]] = {
     "merging full weights": (
-        lambda: toy.build("full"), "can merge none", {"tau": 1.0, "merge_frozen_adapters": True, "freeze_prefix": True}, {},
+        lambda: toy.build("full"),
+        "can merge none",
+        {"tau": 1.0, "merge_frozen_adapters": True, "freeze_prefix": True},
+        {},
     ),
     "merging full weights, scaled": (
-        lambda: toy.build("full"), "can merge none", {"tau": 1.0, "merge_frozen_adapters": True},
+        lambda: toy.build("full"),
+        "can merge none",
+        {"tau": 1.0, "merge_frozen_adapters": True},
         {"scaler": torch.amp.GradScaler("cpu")},
     ),
     "a prefix without blocks": (
-        lambda: nn.Sequential(nn.Linear(3, 3)), "freeze_prefix", {"tau": 1.0, "freeze_prefix": True, "target_modules": ["0"]},
+        lambda: nn.Sequential(nn.Linear(3, 3)),
+        "freeze_prefix",
+        {"tau": 1.0, "freeze_prefix": True, "target_modules": ["0"]},
         {},
     ),
     "no held-out rows": (lambda: toy.build("full"), "held_out=", {}, {}),
     "held-out rows of none": (lambda: toy.build("lora"), "no rows", {}, {"held_out": []}),
-    "a key that matches nothing": (lambda: toy.build("full"), "matches no component", {"tau": {"z": 1.0, ".*": 1.0}}, {}),
+    "a key that matches nothing": (
+        lambda: toy.build("full"),
+        "matches no component",
+        {"tau": {"z": 1.0, ".*": 1.0}},
+        {},
+    ),
     "a module that is none": (lambda: toy.build("full"), "nothing", {"tau": 1.0, "target_modules": ["nothing"]}, {}),
     "an optimizer that is none": (lambda: toy.build("full"), "optimizer", {"tau": 1.0}, {"optimizer": object()}),
     "no steps": (lambda: toy.build("full"), "total_steps", {"tau": 1.0}, {"total_steps": 0}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

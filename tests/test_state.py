@@ -117,11 +117,14 @@ def test_a_damaged_state_is_taken_over_or_refused_with_a_sentence_and_changes_no
     engine, model, _ = engine_of(setup)
     try:
         before = seen(engine, model)
+        refusal = None
         try:
             engine.load_state_dict(bad)
         except ValueError as error:
-            assert type(error) is ValueError
-            assert "GradES" in str(error) or "the checkpoint" in str(error)
+            refusal = error
+        if refusal is not None:
+            assert type(refusal) is ValueError
+            assert "GradES" in str(refusal) or "the checkpoint" in str(refusal)
             assert seen(engine, model) == before
     finally:
         engine.close()
@@ -158,7 +161,7 @@ def test_what_is_no_state_is_refused(state):
 @pytest.mark.parametrize("setup", SETUPS)
 def test_an_undamaged_state_is_taken_over_whole(setup):
     """Otherwise the test above would show nothing."""
-    engine, model, _ = engine_of(setup)
+    engine, _, _ = engine_of(setup)
     engine.load_state_dict(copy.deepcopy(state_of(setup)))
     assert flat(engine.state_dict()) == flat(state_of(setup))
     assert state_of(setup)["extensions"].keys() >= {

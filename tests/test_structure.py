@@ -65,6 +65,13 @@ def test_there_is_no_circle():
     assert left == {}
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if room(name) not in ("report", "tools")])
+def test_what_is_imported_exists(name):
+    for module, taken in imports(name):
+        if module.split(".")[0] == "grades_hf":
+            assert module in FILES, (module, taken)
+
+
 def test_only_the_adapters_know_trainer():
     for name in FILES:
         known = {taken for module, taken in imports(name) if module == "transformers"}

@@ -169,6 +169,28 @@ def test_what_needs_evaluations_gets_them_and_is_refused_where_they_are_to_be_le
     assert sum("run as usual" in r.getMessage() and needs in r.getMessage() for r in caplog.records) == 1
 
 
+@pytest.mark.compatibility("Trainer", "GradESCallback() without options", "works")
+def test_a_run_that_overfits_ends_and_returns_the_average(tmp_path):
+    """Four rows again and again: held-out rows get worse and worse."""
+
+    def train(callbacks):
+        options = {"max_steps": 150, "learning_rate": 2e-2, "lr_scheduler_type": "constant", "logging_steps": 150}
+        extra = {"eval_dataset": tokens(16, seed=9)}
+        trainer = small.trainer(llama(), tmp_path, callbacks, extra=extra, **options)
+        trainer.train_dataset = trainer.train_dataset.select(range(4))
+        trainer.train()
+        return trainer, trainer.evaluate()["eval_loss"]
+
+    callback = GradESCallback()
+    ended, loss = train([callback])
+    _, whole = train([])
+    assert callback.engine.history.ended == "converged"
+    assert ended.state.global_step == callback.engine.ending.looks[-1]["step"] < 150
+    assert loss < whole
+    assert callback.engine.frozen == {}
+    assert all(p.requires_grad for c in callback.engine.components for p in c.parameters)
+
+
 def test_logs_carry_frozen_fraction_and_quartiles(make_model, tmp_path):
     history = observe(make_model, tmp_path)
     callback = GradESCallback(tau=between(history.values), alpha=0.3)
@@ -530,9 +552,7 @@ def test_resume_with_restored_callbacks_keeps_the_users_handle(tmp_path):
     callback = GradESCallback(tau=1.0)
     trainer = small.trainer(llama(), tmp_path, [callback], **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    assert (
-        callback.engine.config == config.resolved()
-    )  # what "restore the callback" means: the checkpoint's options hold
+    assert callback.engine.config == config.resolved()  # the checkpoint's options hold
     assert set(callback.engine.frozen.values()) == {7}
     assert callback.engine.t == 12
 

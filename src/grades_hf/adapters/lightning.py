@@ -8,22 +8,26 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from .config import GradESConfig
-from .engine import GradES
+from ..config import GradESConfig
+from ..ending import HeldOut
+from ..engine import GradES
 
 
 class GradESLightningCallback(Callback):
     """Freezes matrices of a LightningModule with one optimizer; its state is saved and resumed with checkpoints.
 
     Args:
+        held_out: What the looks of a run without a tau are made at, as in `GradES`: rows that the LightningModule takes
+            as keyword arguments, or a function from it to the losses of the rows.
         **options: The fields of `GradESConfig`. Evaluations are Lightning's, whatever `skip_validation` says.
 
     Raises:
         ValueError: manual optimization, several optimizers, or a run without a planned end; before the first step.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, held_out: HeldOut | None = None, **options: Any) -> None:
         self.config = GradESConfig(**options)
+        self.held_out = held_out
         self.engine: GradES | None = None  # of the current or last `fit`
         self._loss: Tensor | None = None  # of the micro-batches since the last step, added up
         self._loaded: dict[str, Any] = {}
@@ -37,7 +41,14 @@ class GradESLightningCallback(Callback):
                 "or max_epochs. Otherwise call GradES in training_step."
             )
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        engine = GradES(pl_module, self.config, total_steps=int(total), optimizer=trainer.optimizers[0], scaler=scaler)
+        engine = GradES(
+            pl_module,
+            self.config,
+            total_steps=int(total),
+            optimizer=trainer.optimizers[0],
+            scaler=scaler,
+            held_out=self.held_out,
+        )
         if self._loaded:
             engine.load_state_dict(self._loaded)
         self.engine, clip = engine, pl_module.configure_gradient_clipping
