@@ -16,6 +16,7 @@ from .ending import Average, Ending, HeldOut
 from .find.components import Component, measure_last_factors, survey
 from .freezing.compilation import Batches, is_compiled
 from .freezing.freezer import Freezer, unwrap_optimizers
+from .freezing.optimizers import refuse_optimizers, with_inner
 from .freezing.prefix import Prefix
 from .inputs.clipping import Clipping
 from .inputs.loss import Loss
@@ -94,7 +95,8 @@ def assemble(
         places = {p: f"{c.name}/{place}" for c in components for place, p in enumerate(c.measured)}
         sampler = Sampler(config.sample_size, places)
     names = dict.fromkeys(component.monitor for component in components)
-    optimizers = unwrap_optimizers(optimizer)
+    optimizers = with_inner(unwrap_optimizers(optimizer))
+    refuse_optimizers(optimizers, (p for component in components for p in component.parameters))
     ranks = Ranks(model)
     batches = Batches(config.max_recompilations) if compiled else None
     freezer = Freezer(
