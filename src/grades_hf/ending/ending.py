@@ -78,7 +78,7 @@ class Ending(Extension):
     def propose(self, votes: int) -> None:
         """So many components vote now: look if that is enough."""
         run = self._run
-        taking_part = int(run.took_part.sum())
+        taking_part = int(run.learned.sum())  # who never had a gradient other than 0 can never vote
         self.share = votes / taking_part
         average: Average = run.extension("average")
         first_epoch = self._epoch is not None and self._epoch < 1

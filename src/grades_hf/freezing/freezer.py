@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -59,16 +59,26 @@ class Freezer(Extension):
         self._pending: set[Tensor] = set()  # frozen, but for requires_grad
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._undo = ExitStack()
-        self._guarded = False  # whether the optimizers' steps are
+        self._leaving: list[LeaveOut] = []
 
     def attach(self, run: Run, undo: ExitStack) -> None:
         undo.callback(lambda: self.release(keep_frozen=run.config.keep_frozen))
         self._ended: Callable[[], bool] = lambda: run.ended is not None
         if Trait.COMPILED not in run.traits or any(component.adapter for component in run.components):
             self.guard(run.model)
+        for optimizer in filter(can_leave_out, self.optimizers):
+            leaving = LeaveOut(optimizer, self)
+            leaving.attach(optimizer, self._undo)
+            self._leaving.append(leaving)
 
     def __contains__(self, parameter: object) -> bool:
         return parameter in self._before
+
+    def __len__(self) -> int:
+        return len(self._before)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._before)
 
     def freeze(self, parameters: Iterable[Tensor]) -> None:
         """Freeze these, before the optimizer's update of this step."""
@@ -87,10 +97,8 @@ class Freezer(Extension):
                 dropped = optimizer.state.pop(parameter, {})
                 if self.placeholders is not None:
                     self.placeholders.note(parameter, dropped)
-        if self._before and not self._guarded:
-            self._guarded = True
-            for optimizer in filter(can_leave_out, self.optimizers):
-                LeaveOut(optimizer, self).attach(optimizer, self._undo)
+        for leaving in self._leaving:
+            leaving.refresh()
 
     def settle(self) -> None:
         """What is frozen requires no gradient from now on, and none is computed."""
@@ -116,8 +124,7 @@ class Freezer(Extension):
     def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not self._before or not torch.is_grad_enabled():
             return
-        leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else vars(output) if _plain(output) else output)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = _tensors(output)
         trained = [tensor for tensor in tensors if tensor.requires_grad]
         for tensor in trained:
             tensor.register_hook(self._before_backward)
@@ -144,7 +151,7 @@ class Freezer(Extension):
         self._pending.clear()
         self._hooks.clear()
         self._before.clear()
-        self._guarded = False
+        self._leaving.clear()
         self.optimizers = ()
         self._ended = bool
 
@@ -170,9 +177,13 @@ def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
     return optimizer
 
 
-def _plain(output: object) -> bool:
-    """Whether this is an object whose attributes may hold tensors: a dataclass, a namespace."""
-    return hasattr(output, "__dict__") and not isinstance(output, (Tensor, Mapping, list, tuple, nn.Module))
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors in a model's output, also in that of a dataclass or namespace."""
+    if isinstance(output, Mapping):
+        output = dict(output)
+    elif hasattr(output, "__dict__") and not isinstance(output, (Tensor, list, tuple, nn.Module)):
+        output = vars(output)
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _drop_gradient(parameter: Tensor) -> None:

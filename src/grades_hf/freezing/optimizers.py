@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -83,7 +83,7 @@ class LeaveOut:
         frozen: What is frozen; held weakly.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, frozen: Container[object]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, frozen: Collection[object]) -> None:
         self._groups: Callable[[], list[dict[str, Any]]] = _param_groups_of(optimizer)
         self._frozen = weakref.ref(frozen)
         self._taken: list[tuple[dict[str, Any], list[Tensor]]] = []
@@ -100,12 +100,17 @@ class LeaveOut:
 
     def take_out(self) -> None:
         """Parameter groups without what is frozen."""
-        frozen = self._frozen()
         self._depth += 1
-        if self._depth > 1 or frozen is None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """More is frozen now; a step that runs meanwhile (Lightning's closure is a part of it) leaves that out, too."""
+        frozen = self._frozen()
+        if self._depth == 0 or not frozen:
             return
         for group in self._groups():
-            self._taken.append((group, group["params"]))
+            if not any(group is known for known, _ in self._taken):
+                self._taken.append((group, group["params"]))
             group["params"] = [parameter for parameter in group["params"] if parameter not in frozen]
 
     def put_back(self) -> None:

@@ -61,6 +61,9 @@ class Clipping(Extension):
         one = first.new_ones(())
         return values / torch.stack([one if factor is None else factor.to(one) for factor in factors]).to(values)
 
+    def on_join(self, components: Sequence[Component], parameters: Sequence[Tensor]) -> None:
+        self._parameters.update(parameter for component in components for parameter in component.measured)
+
     def on_step_end(self, step: Step) -> None:
         self._factors = {}
 

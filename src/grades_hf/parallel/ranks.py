@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..contracts import Extension, Run
+from ..contracts import Extension, Run, Step
+from ..hooks import hook
 from .sharded import holders, is_sharded
 
 
@@ -63,28 +64,34 @@ class Ranks(Extension):
         return None if self._wrapper is None else self._wrapper.process_group
 
     def attach(self, run: Run, undo: ExitStack) -> None:
-        self._options = zlib.crc32(repr(run.config.to_dict()).encode())
+        known = run.config.to_dict(), run.total_steps, [component.name for component in run.components]
+        self._options = zlib.crc32(repr(known).encode())
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not self.sharded:
-            undo.callback(self._model.register_forward_pre_hook(self._before_forward).remove)
+            undo.callback(hook(self._model, "forward_pre", self._before_forward))
         undo.callback(self._close)
 
-    def agree(self, values: Tensor) -> Tensor:
-        """Rank 0's values on every rank: gradients are equal after their reduction, but a broadcast leaves no doubt.
+    def before_check(self, step: Step) -> None:
+        """Ranks that have different options would wait for each other for ever, so this is asked first of all.
 
         Raises:
-            ValueError: the ranks have different options; on all of them.
+            ValueError: they have; on all of them.
         """
+        if self._agreed or self.number == 1:
+            return
+        options: list[int] = [0] * self.number
+        dist.all_gather_object(options, self._options, group=self._group)
+        if len(set(options)) > 1:
+            raise ValueError(
+                f"the options of GradES, or what it tracks, differ between ranks (this is rank {self.rank} of "
+                f"{self.number}), which would freeze different matrices on each. Pass the same GradESConfig, "
+                "total_steps and model on every rank."
+            )
+        self._agreed = True
+
+    def agree(self, values: Tensor) -> Tensor:
+        """Rank 0's values on every rank: gradients are equal after their reduction, but a broadcast leaves no doubt."""
         if self.number == 1 or values.numel() == 0:
             return values
-        if not self._agreed:
-            options: list[int] = [0] * self.number
-            dist.all_gather_object(options, self._options, group=self._group)
-            if len(set(options)) > 1:
-                raise ValueError(
-                    f"the options of GradES differ between ranks (rank {self.rank} is one of {self.number}), which "
-                    "would freeze different matrices on each. Pass the same GradESConfig on every rank."
-                )
-            self._agreed = True
         dist.broadcast(values, group=self._group, group_src=0)
         return values
 
@@ -145,7 +152,7 @@ class Ranks(Extension):
         """`requires_grad` is as before: leave a reducer that fits."""
         if self._stale and self._wrapper is not None:
             rebuild_reducer(self._wrapper)
-        self._stale, self._wrapper = False, None
+        self._stale, self._wrapper, self._model = False, None, nn.Module()
 
 
 def rebuild_reducer(wrapper: DistributedDataParallel) -> None:

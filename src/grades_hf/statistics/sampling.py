@@ -37,6 +37,10 @@ class Sampler:
         self._names = names
         self._indices: dict[Tensor, Tensor] = {}
 
+    def add(self, names: Mapping[Tensor, str]) -> None:
+        """More parameters will be asked for."""
+        self._names = {**self._names, **names}
+
     def number(self, parameter: Tensor) -> int:
         """Elements in the sample of `parameter`."""
         return min(self.size, parameter.numel())
