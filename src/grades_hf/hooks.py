@@ -56,15 +56,35 @@ class Hook:
         return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything, returns None
 
 
-class _Sweeper:
-    """Takes what became of our hooks out of a copied dict of hooks, when it dies."""
+class Note:
+    """What torch notes about one of our hooks; it looks only whether there is one. It travels no further than the hook.
 
-    def __init__(self, hooks: OrderedDict[int, Any]) -> None:
-        self._hooks = hooks
+    Args:
+        notes: The module's dict that it is in.
+    """
+
+    def __init__(self, notes: dict[int, Any]) -> None:
+        self._notes = notes
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
+        copied = memo.get(id(self._notes))
+        if copied is not None:
+            memo["grades", id(copied)] = _Sweeper(copied)
+        return _nothing
+
+    def __reduce__(self) -> Any:
+        return bool, (True,)
+
+
+class _Sweeper:
+    """Takes what became of ours out of a copied dict, when it dies."""
+
+    def __init__(self, copied: dict[int, Any]) -> None:
+        self._copied = copied
 
     def __del__(self) -> None:
-        for key in [key for key, hook in self._hooks.items() if hook is _nothing]:
-            del self._hooks[key]
+        for key in [key for key, value in self._copied.items() if value is _nothing]:
+            del self._copied[key]
 
 
 def _nothing(*_: Any) -> None:
@@ -91,12 +111,12 @@ def hook(
     """
     name, places = _DICTS[kind]
     hooks: OrderedDict[int, Any] = getattr(module, name)
-    notes: list[dict[int, bool]] = [getattr(module, places[option]) for option, on in options.items() if on]
+    notes: list[dict[int, Any]] = [getattr(module, places[option]) for option, on in options.items() if on]
     taken = [hooks, *(getattr(module, place) for place in places.values())]
     number = next(n for n in itertools.count(-1, -1) if not any(n in known for known in taken))
     hooks[number] = Hook(hooks, method, keep)
     for note in notes:
-        note[number] = True
+        note[number] = Note(note)
 
     def remove() -> None:
         for known in (hooks, *notes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..contracts import Extension, Run, Step, Trait
 from ..hooks import hook
+from .components import Component
 
 LOOK_EVERY = 100  # steps from one look through the whole model to the next, where nothing tells that it has changed
 
@@ -51,6 +52,8 @@ class Changes(Extension):
     def look(self) -> None:
         """Search the model for what is trainable and has not been so far."""
         everything = list(self._run.model.parameters())
+        if not self._run.ranks.sharded:
+            self._refuse_lost(self._run.live, set(everything))
         new = [parameter for parameter in everything if parameter.requires_grad and parameter not in self._seen]
         self._seen.update(new)
         self._closed = [parameter for parameter in everything if parameter not in self._seen]
@@ -58,9 +61,6 @@ class Changes(Extension):
         if new:
             self._run.join(new)
             self._find_homes()
-
-    def check(self, state: Mapping[str, Any]) -> Any:
-        return state
 
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
         """DDP reduces the gradients of what its reducer knows."""
@@ -84,10 +84,13 @@ class Changes(Extension):
                     self._homes.append((module._parameters, key, parameter))
 
     def _refuse_replaced(self) -> None:
-        there = set(self._run.model.parameters())
-        lost = [c.name for c in self._run.components if not there.issuperset(c.parameters)]
+        self._refuse_lost(self._run.components, set(self._run.model.parameters()))
+        self._find_homes()  # they have only moved: a parametrization holds them now
+
+    @staticmethod
+    def _refuse_lost(components: Iterable[Component], there: set[Tensor]) -> None:
+        lost = [component.name for component in components if not there.issuperset(component.parameters)]
         if not lost:
-            self._find_homes()  # they have only moved: a parametrization holds them now
             return
         raise RuntimeError(
             f"the parameters of {len(lost)} tracked matrices ({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}) "

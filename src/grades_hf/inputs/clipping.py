@@ -38,8 +38,12 @@ class Clipping(Extension):
     def attach(self, run: Run, undo: ExitStack) -> None:
         self._parameters = {parameter for component in run.components for parameter in component.measured}
         self._factors: dict[Tensor, Tensor] = {}
+        undo.callback(self._close)
         undo.callback(_forget, self)
         _watch(self)
+
+    def _close(self) -> None:
+        self._parameters, self._factors = set(), {}
 
     def note(self, parameters: Iterable[Tensor], factor: Tensor) -> None:
         """These have been clipped; twice in a step, where a loop does so."""
@@ -80,11 +84,13 @@ def _watch(clipping: Clipping) -> None:
         _original = found
         clip_grad._clip_grads_with_norm_ = utils.clip_grads_with_norm_ = _wrap(found)
     _watching.add(clipping)
+    weakref.finalize(clipping, _forget)  # where an engine dies with its model and is never closed
 
 
-def _forget(clipping: Clipping) -> None:
+def _forget(clipping: Clipping | None = None) -> None:
     global _original
-    _watching.discard(clipping)
+    if clipping is not None:
+        _watching.discard(clipping)
     if not _watching and _original is not None:
         clip_grad._clip_grads_with_norm_ = utils.clip_grads_with_norm_ = _original
         _original = None
