@@ -91,7 +91,7 @@ def _forget(clipping: Clipping | None = None) -> None:
     global _original
     if clipping is not None:
         _watching.discard(clipping)
-    if not _watching and _original is not None:
+    if not list(_watching) and _original is not None:
         clip_grad._clip_grads_with_norm_ = utils.clip_grads_with_norm_ = _original
         _original = None
 

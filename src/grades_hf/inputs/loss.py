@@ -92,7 +92,7 @@ def _forget(loss: Loss | None = None) -> None:
     global _original
     if loss is not None:
         _watching.discard(loss)
-    if not _watching and _original is not None:
+    if not list(_watching) and _original is not None:
         torch.autograd.backward = _original
         _original = None
 
