@@ -53,7 +53,7 @@ def checked_scalar(name: str, value: Any) -> Any:
     """A float or a tensor with one real element, finite or not, or None; else a ValueError."""
     if value is None:
         return None
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if not isinstance(value, bool) and isinstance(value, Real):
         with contextlib.suppress(OverflowError):
             return float(value)
     if getattr(value, "numel", lambda: 0)() == 1 and not value.is_complex():

@@ -344,7 +344,8 @@ class GradES:
         taus = sorted({component.tau for component in self.components if component.tau is not None})
         rule = "looks at held-out rows decide when to end"
         if taus:
-            rule = f"tau {taus[0]:g}" if len(taus) == 1 else f"{len(taus)} values of tau from {taus[0]:g} to {taus[-1]:g}"
+            several = f"{len(taus)} values of tau from {taus[0]:g} to {taus[-1]:g}"
+            rule = f"tau {taus[0]:g}" if len(taus) == 1 else several
             rule += f"; freezing from step {self.t_grace + 1} of {self.total_steps} on"
         return (
             f"GradES tracks {len(self.components)} components ("
@@ -484,8 +485,8 @@ class GradES:
         idle = [c for c, took_part in zip(self.components, self.took_part.tolist(), strict=True) if not took_part]
         if 0 < len(idle) < len(self.components) and self.ranks.rank == 0:
             logger.warning(
-                "GradES: %d of %d components have had no gradient in %d steps, since no batch has involved them, and do "
-                "not count: %s (%s%s).",
+                "GradES: %d of %d components have had no gradient in %d steps, since no batch has involved them, and "
+                "do not count: %s (%s%s).",
                 len(idle), len(self.components), self.t, kinds(idle), ", ".join(c.name for c in idle[:3]),
                 ", ..." if len(idle) > 3 else "",
             )  # fmt: skip

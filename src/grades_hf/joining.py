@@ -149,5 +149,3 @@ def _restore(engine: GradES, fresh: Sequence[Component]) -> None:
             engine.freezer.freeze(component.parameters)
     if frozen:
         engine._settle()
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +49,7 @@ class Loop:
         self.engine = GradES(
             self.model, GradESConfig(**MODES[mode]), total_steps=STEPS, optimizer=self.optimizer, held_out=rows
         )
-        self.layer = dict(self.model.named_modules())[("base_model.model." if kind == "lora" else "") + "model.layers.1"]
+        self.layer = self.model.get_submodule(("base_model.model." if kind == "lora" else "") + "model.layers.1")
         self.error: type[BaseException] | None = None
 
     def step(self, where: str = "") -> None:
@@ -147,7 +146,6 @@ def test_everything_is_as_before(kind, mode, where, step, error):
     loop.model(**toy.batches(0)[0][0]).loss.backward()
     again.step()
     again.close()
-    assert "torch" in sys.modules
 
 
 def test_a_step_that_fails_can_be_taken_again():

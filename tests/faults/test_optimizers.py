@@ -110,7 +110,7 @@ OTHERS: dict[str, Make] = {
     "AdamW, fused": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True),
     "AdamW, foreach": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True),
     "AdamW with a list of betas": lambda model: torch.optim.AdamW(
-        [{"params": group, "betas": [0.9, 0.99]} for group in (list(model.parameters())[:2], list(model.parameters())[2:])]
+        [{"params": list(model.parameters())[part], "betas": [0.9, 0.99]} for part in (slice(2), slice(2, None))]
     ),
     "moves what has no gradient": lambda model: Decaying(model.parameters()),
     "calls its base class": lambda model: Child(model.parameters()),
@@ -125,7 +125,9 @@ def of_bitsandbytes(name: str) -> Make:
     return lambda model: getattr(bitsandbytes.optim, name)(model.parameters(), lr=1e-2)
 
 
-def moved(model: nn.Module, optimizer: Any, step: Callable[[], Any] | None = None) -> tuple[GradES, list[str], set[str]]:
+def moved(
+    model: nn.Module, optimizer: Any, step: Callable[[], Any] | None = None
+) -> tuple[GradES, list[str], set[str]]:
     """A short run: the engine, frozen tensors that moved (none), and what moved in the last step."""
     engine = GradES(model, CONFIG, total_steps=STEPS, optimizer=optimizer)
     ids = torch.tensor(small.tokens(4)["input_ids"])
@@ -163,7 +165,7 @@ def test_optimizers_of_torch(name):
     check(TORCH[name], llama())
 
 
-@pytest.mark.compatibility("Optimizers", "optimizers that move parameters without a gradient (Muon's reference)", "works")
+@pytest.mark.compatibility("Optimizers", "those that move parameters without a gradient (Muon's reference)", "works")
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_optimizers(name):
     check(OTHERS[name], llama())

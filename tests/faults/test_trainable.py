@@ -96,8 +96,9 @@ def led() -> nn.Module:
     return LEDForConditionalGeneration(
         LEDConfig(
             d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
-            encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=64, attention_window=4, max_encoder_position_embeddings=32,
-            max_decoder_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0, decoder_start_token_id=2,
+            encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=64, attention_window=4,
+            max_encoder_position_embeddings=32, max_decoder_position_embeddings=32, bos_token_id=1, eos_token_id=2,
+            pad_token_id=0, decoder_start_token_id=2,
         )
     )  # fmt: skip
 
@@ -276,7 +277,7 @@ def test_lisa_trains_blocks_in_turn(caplog):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_second_adapter_is_added(frozen, caplog):
-    """It becomes a part of its layer's component; where that is frozen already, one line says that it is not tracked."""
+    """It becomes a part of its layer's component; where that is frozen already, a line says that it is not tracked."""
     model = toy.build("lora")
     optimizer = toy.optimize("adamw", model)
     config = GradESConfig(tau=1e9 if frozen else 1e-30, alpha=0.2)

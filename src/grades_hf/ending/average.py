@@ -51,7 +51,7 @@ class Average(Extension):
 
     def attach(self, run: Run, undo: ExitStack) -> None:
         self._warm_up: Any = run.extension("warm_up")
-        self.parameters = [p for p in run.model.parameters() if p.requires_grad and p.is_floating_point()]
+        self.parameters: list[Tensor] = [p for p in run.model.parameters() if p.requires_grad and p.is_floating_point()]
         undo.callback(self._close)
 
     @torch.no_grad()

@@ -106,7 +106,8 @@ class Released(Sequence[Tensor]):
 
 def release(components: Iterable[Component], model: nn.Module) -> None:
     """The run is over: what says how it went stays, and keeps no parameter alive."""
-    names, held = {parameter: name for name, parameter in model.named_parameters()}, weakref.ref(model)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    held = weakref.ref(model)
     for component in components:
         component._numel = component.numel
         component.parameters = Released(held, [names[p] for p in component.parameters if p in names])

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from typing import Any
 
 from accelerate.state import GradientState
-from torch.utils.hooks import RemovableHandle
 
 from ..contracts import Extension, Run, Step
 
@@ -41,13 +40,11 @@ class Calls(Extension):
         self._seen: int | None = None  # updates at the last call
         self._told = False
         undo.callback(self._close)
-        handles: list[RemovableHandle] = []
-        undo.callback(lambda: [handle.remove() for handle in handles])
         # A scaler leaves updates out.
         self._counts = bool(run.optimizers) and run.extension("scaler") is None
         for optimizer in run.optimizers if self._counts else ():
             if hasattr(optimizer, "_optimizer_step_post_hooks"):
-                handles.append(optimizer.register_step_post_hook(self._after_update))
+                undo.callback(optimizer.register_step_post_hook(self._after_update).remove)
             else:
                 self._counts = False
 

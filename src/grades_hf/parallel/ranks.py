@@ -140,7 +140,9 @@ class Ranks(Extension):
 
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
         active = DistributedDataParallel._get_active_ddp_module()
-        self._wrapper = active if active is not None and active.module is module else self._wrapper
+        if active is not None and active.module is module and active is not self._wrapper:
+            self._wrapper = active
+            _refuse_mixed_precision(active)
         if not self._stale or self._wrapper is None:
             return
         if self._wrapper.static_graph and not self._wrapper.require_backward_grad_sync:
@@ -161,15 +163,20 @@ def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
     Raises:
         RuntimeError: the wrapper does something that cannot be carried over (DDP's own mixed precision).
     """
-    if wrapper.mixed_precision is not None:
-        raise RuntimeError("GradES cannot work with DDP's mixed_precision; use autocast (bf16=True) instead.")
+    _refuse_mixed_precision(wrapper)
     if not any(parameter.requires_grad for parameter in wrapper.module.parameters()):
         return
     wrapper._remove_autograd_hooks()
-    group, hooks = wrapper.process_group, list(wrapper._comm_hooks)
-    # Unpickling builds a reducer, after it has taken over all attributes: the process group is one of them here.
-    wrapper.__setstate__({**wrapper.__getstate__(), "process_group": group})
+    hooks = list(wrapper._comm_hooks)
+    # Unpickling builds a reducer, after it has taken over all attributes. The process group, which cannot be pickled
+    # and is the default one there, is one of them here.
+    wrapper.__setstate__({name: value for name, value in vars(wrapper).items() if name not in ("reducer", "logger")})
     wrapper._static_graph_delay_allreduce_enqueued = False  # a static graph is learned anew in the first iteration
     wrapper._comm_hooks.clear()
-    for hook, state in hooks:
-        wrapper.register_comm_hook(state, hook)
+    for comm_hook, state in hooks:
+        wrapper.register_comm_hook(state, comm_hook)
+
+
+def _refuse_mixed_precision(wrapper: DistributedDataParallel) -> None:
+    if wrapper.mixed_precision is not None:
+        raise RuntimeError("GradES cannot work with DDP's mixed_precision; use autocast (bf16=True) instead.")
