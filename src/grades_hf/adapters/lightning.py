@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from .config import GradESConfig
-from .engine import GradES
+from ..config import GradESConfig
+from ..engine import GradES
 
 
 class GradESLightningCallback(Callback):

@@ -82,7 +82,7 @@ class Calls(Extension):
         run = self._run
         if not self._told and len(run.history.steps) == EMPTY and not run.learned.any():
             self._tell(
-                f"none of the {len(run.components)} components has had a gradient other than 0 at the first {EMPTY} "
+                f"none of the {len(run.components)} components has had a value other than 0 at the first {EMPTY} "
                 "checks. Call engine.step() after backward() and before zero_grad(), and see that the loss depends on "
                 "what is trained."
             )
