@@ -409,7 +409,8 @@ class GradES:
             values = extension.correct(values, live, step)
         if not self.took_part.all():
             idle = [all(parameter.grad is None for parameter in component.parameters) for component in live]
-            values[torch.tensor(idle, device=device) & ~(values.abs() > 0)] = IDLE
+            if any(idle):
+                values = values.masked_fill(torch.tensor(idle, device=device) & ~(values.abs() > 0), IDLE)
         return values
 
     def _valid(self, check: Check) -> tuple[list[Component], Tensor]:
@@ -482,6 +483,8 @@ class GradES:
         if self._told_idle or self._open is not None or self.t < max(self.t_grace, self.total_steps / 10):
             return
         self._told_idle = True
+        if self.took_part.all():
+            return
         idle = [c for c, took_part in zip(self.components, self.took_part.tolist(), strict=True) if not took_part]
         if 0 < len(idle) < len(self.components) and self.ranks.rank == 0:
             logger.warning(
