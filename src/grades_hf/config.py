@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -24,8 +25,8 @@ DELETED_MONITORS = ("relative_change", "signal_to_noise", "evidence", "gradient_
 
 
 def is_count(value: object) -> bool:
-    """Whether `value` is a whole number of at least 1 (a bool is none)."""
-    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
+    """Whether `value` is a whole number from 1 to 2^53, beyond which floats cannot count (a bool is none)."""
+    return not isinstance(value, bool) and isinstance(value, Integral) and 1 <= int(value) <= LARGEST
 
 
 def is_real(value: object) -> bool:
@@ -39,6 +40,30 @@ def is_real(value: object) -> bool:
 def grace_steps(alpha: float, total_steps: int) -> int:
     r"""$t_{grace} = \lceil \alpha T \rceil$, in decimal arithmetic: 0.55 of 100 steps are 55, not 56."""
     return math.ceil(Fraction(str(alpha)) * total_steps)
+
+
+LARGEST = 2**53  # whole numbers are compared with floats and tensors
+
+
+def checked_total_steps(value: object) -> int:
+    """The planned number of optimizer steps, or a ValueError."""
+    if not is_count(value):
+        raise ValueError(
+            f"total_steps={_short(value)} must be the planned number of optimizer steps, a whole number of 1 or more."
+        )
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def checked_scalar(name: str, value: Any) -> Any:
+    """A float or a tensor with one real element, finite or not, or None; else a ValueError."""
+    if value is None:
+        return None
+    if not isinstance(value, bool) and isinstance(value, Real):
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    if getattr(value, "numel", lambda: 0)() == 1 and not value.is_complex():
+        return value.detach().reshape(())
+    raise ValueError(f"{name}={_short(value)} must be a number, or a tensor with one element.")
 
 
 def _number(fits: Callable[[float], bool], what: str) -> Callable[[str, Any], Any]:

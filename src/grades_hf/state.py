@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .contracts import Check, Statistic
+from .joining import set_aside
 from .record.history import History
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def save(engine: GradES, *, tensors: bool) -> dict[str, Any]:
     """The state of `engine`.
 
     Returns:
-        JSON types: `format`, `step`, `frozen` (what froze when, at which value), `learned` and `took_part` (names of
+        JSON types: `format`, `step`, `frozen` (what froze when, at which value), `joined` (names of the components that
+        became trainable in the course of the run), `learned` and `took_part` (names of
         the components that ever had a value other than 0, or a gradient), `criterion` (name -> the numbers that it
         keeps), `open` (a check that is not decided upon yet), `ended`, `config` and `total_steps` (what they were made
         with), `checksum` (of the history), `extensions` (name -> its state). With `tensors` also `history`, `previous`
@@ -50,6 +52,7 @@ def save(engine: GradES, *, tensors: bool) -> dict[str, Any]:
         "format": FORMAT,
         "step": engine.t,
         "frozen": [{"name": n, "step": step, "value": values.get(n)} for n, step in engine.frozen.items()],
+        "joined": list(engine.joined),
         "learned": [names[place] for place in engine.learned.nonzero().flatten().tolist()],
         "took_part": [names[place] for place in engine.took_part.nonzero().flatten().tolist()],
         "criterion": {names[place]: row for place, row in enumerate(engine.criterion.memory.tolist()) if any(row)},
@@ -99,7 +102,9 @@ def load(engine: GradES, saved: Mapping[str, Any]) -> None:
         changed = _changed_options(engine, state)
     except _MALFORMED as error:
         raise ValueError(f"this is no state of GradES: {error!r} in its options.") from error
+    state, absent = _without_absent(engine, state)
     checked = _check(engine, state, changed)
+    engine._absent = absent
     if changed:
         logger.warning(
             "GradES: the checkpoint was made with other options (%s). The new ones hold from here on: what is frozen "
@@ -108,6 +113,15 @@ def load(engine: GradES, saved: Mapping[str, Any]) -> None:
             max(engine.t_grace, checked.step) + 1,
         )
     _take_over(engine, checked, changed)
+
+
+def _without_absent(engine: GradES, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """A state without the components that have not joined this session yet, and what it says of those."""
+    try:
+        absent = {str(name) for name in state.get("joined", ())} - {c.name for c in engine.components}
+        return set_aside(state, absent) if absent else (state, {})
+    except _MALFORMED as error:
+        raise ValueError(f"this is no state of GradES: {error!r} is missing or malformed.") from error
 
 
 def _check(engine: GradES, state: Mapping[str, Any], changed: Mapping[str, Any]) -> _Checked:

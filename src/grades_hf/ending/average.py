@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Extension, Run, Step
+from ..find.components import Component
 from ..parallel.sharded import local, placed_like, reshard
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,14 @@ class Average(Extension):
         return bool(self._average)
 
     def attach(self, run: Run, undo: ExitStack) -> None:
-        self._run = run
-        self.parameters = [p for p in run.model.parameters() if p.requires_grad and p.is_floating_point()]
+    def on_join(self, components: Sequence[Component], parameters: Sequence[Tensor]) -> None:
+        """Their average begins at their weights as they are."""
+        known = set(self.parameters)
+        more = [p for p in parameters if p.is_floating_point() and p not in known]
+        self.parameters += more
+        if self._average:
+            self._average |= {p: self._copy(p) for p in more}
+
         undo.callback(self._close)
 
     @torch.no_grad()

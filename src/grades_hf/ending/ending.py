@@ -92,7 +92,7 @@ class Ending(Extension):
     def consider(self, votes: int) -> None:
         """So many components vote now: look if that is enough, or if a look is due."""
         run, average = self._run, self._run.extension("average")
-        taking_part = int(run.took_part.sum())
+        taking_part = int(run.learned.sum())  # who never had a gradient other than 0 can never vote
         self.share = votes / taking_part if taking_part else 0.0
         last = self.looks[-1]["step"] if self.looks else 0
         first_epoch = self._epoch is not None and self._epoch < 1
