@@ -13,7 +13,7 @@ import torch
 from ..contracts import Extension, Run, Step
 from ..criteria import Rise
 from .average import Average
-from .look import HeldOut, Rows, unseen
+from .look import HeldOut, Rows, seed, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,9 @@ class Ending(Extension):
             raise ValueError(NO_ROWS)
         self._run: Any = run
         self._rows = self._held_out
-        if not callable(self._held_out) or hasattr(self._held_out, "__getitem__"):
+        if isinstance(self._held_out, Rows):
+            pass
+        elif not callable(self._held_out) or hasattr(self._held_out, "__getitem__"):
             self._rows = Rows(self._held_out, run.config.look_rows)
         self._epoch: float | None = None
         undo.callback(self._close)
@@ -117,6 +119,7 @@ class Ending(Extension):
 
     def _losses(self) -> list[float]:
         model = self._run.model
+        seed()  # the same random numbers for both
         if isinstance(self._rows, Rows):
             return self._rows.losses(model, self._run.ranks)
         losses = torch.as_tensor(self._rows(model)).detach().double().flatten().tolist()
