@@ -20,6 +20,10 @@ from ...engine import GradES
 logger = logging.getLogger(__name__)
 
 
+def _nothing() -> None:
+    return None
+
+
 @dataclass
 class Reports:
     """One run's reports.
@@ -41,8 +45,8 @@ class Reports:
     skip: bool = False
     over: bool = False
     path: Path | None = None
-    bar: Callable[[], Any] = lambda: None
-    hook: Callable[[], None] = lambda: None
+    bar: Callable[[], Any] = _nothing
+    hook: Callable[[], Any] = _nothing
     _written: float = 0.0
     _seconds: float = 0.0
 
@@ -90,7 +94,7 @@ class Reports:
         finally:
             engine.close()
             self.engine, self.over, self.skip = None, False, False
-            self.bar = self.hook = lambda: None
+            self.bar = self.hook = _nothing
 
 
 def metrics(engine: GradES, logs: Mapping[str, Any]) -> dict[str, float]:
