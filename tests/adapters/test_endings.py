@@ -143,7 +143,9 @@ def hooks(model: nn.Module) -> int:
     """How many hooks a model has."""
     names = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
     own = sum(len(getattr(module, name)) for module in model.modules() for name in names)
-    return own + sum(len(p._post_accumulate_grad_hooks or ()) + len(p._backward_hooks or ()) for p in model.parameters())
+    return own + sum(
+        len(p._post_accumulate_grad_hooks or ()) + len(p._backward_hooks or ()) for p in model.parameters()
+    )
 
 
 def check_as_before(trainer: Trainer, arguments: dict[str, Any], hooked: int) -> None:

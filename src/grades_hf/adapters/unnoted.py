@@ -14,7 +14,7 @@ _DATA = ("train_dataset", "eval_dataset", "callback_handler", "_modules", "_para
 
 
 @contextlib.contextmanager
-def unnoted(objects: Iterable[object], **silent: Any) -> Iterator[None]:
+def unnoted(objects: Iterable[object], *, every_tensor: bool = False, **silent: Any) -> Iterator[None]:
     """The attributes of some objects are afterwards as before.
 
     Trainers and modules count, sum up and append to lists while they compute a loss, for the next log. Restored are
@@ -23,6 +23,7 @@ def unnoted(objects: Iterable[object], **silent: Any) -> Iterator[None]:
 
     Args:
         objects: The objects.
+        every_tensor: Whether large tensors are restored, too.
         **silent: Attributes of all of them that have these values meanwhile.
     """
     saved = [(vars(item), dict(vars(item))) for item in objects]
@@ -30,7 +31,7 @@ def unnoted(objects: Iterable[object], **silent: Any) -> Iterator[None]:
     for _, before in saved:
         for name, value in before.items():
             if name not in _DATA:
-                _collect(value, contents, 3)
+                _collect(value, contents, 3, every_tensor)
     try:
         for own, _ in saved:
             own.update(silent)
@@ -44,15 +45,15 @@ def unnoted(objects: Iterable[object], **silent: Any) -> Iterator[None]:
             own.update(before)
 
 
-def _collect(value: Any, contents: list[tuple[Any, Any]], depth: int) -> None:
+def _collect(value: Any, contents: list[tuple[Any, Any]], depth: int, every_tensor: bool) -> None:
     if isinstance(value, Tensor):
-        if value.numel() <= LARGEST and not value.requires_grad and type(value) is Tensor:
+        if (every_tensor or value.numel() <= LARGEST) and not value.requires_grad and type(value) is Tensor:
             contents.append((value, value.detach().clone()))
     elif isinstance(value, (list, dict, set, deque)) and len(value) <= LARGEST:
         contents.append((value, value.copy()))
         if depth and not isinstance(value, set):
             for item in value.values() if isinstance(value, dict) else value:
-                _collect(item, contents, depth - 1)
+                _collect(item, contents, depth - 1, every_tensor)
 
 
 def _restore(content: Any, copy: Any) -> None:

@@ -60,6 +60,8 @@ class Average(Extension):
         if (step.t - 1) % self.every and self.number:
             return
         self.number += 1
+        if not self._average:  # at the beginning, or after a resume from a checkpoint without it
+            self.number = 1
         if self.number == 1:
             self._average = {p: self._copy(p) for p in self.parameters}
             return
