@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -88,6 +89,7 @@ def test_trl(name: str, folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> No
             made, more = AutoModelForSequenceClassification, {"num_labels": 1}
         else:
             more = {}
+        torch.manual_seed(0)  # a reward model's head is new
         network = made.from_pretrained(folder, **more)
         network.config.pad_token_id = tiny_tokenizer.pad_token_id or 0
         arguments = config(str(output), **{"max_length": 24, **OPTIONS, **options})
@@ -150,4 +152,5 @@ def test_sentence_transformers(name: str, model_fixture: str, request: Any, tmp_
     look = callback.engine.ending.looks[0]
     assert look["rows"] == 8, "16 rows, two a batch"
     assert look["loss"] > 0
-    looks.same_as_evaluation(build(tmp_path / "e", []))
+    if name == "CosineSimilarityLoss":  # for the others it matters which rows share a batch
+        looks.same_as_evaluation(build(tmp_path / "e", []))

@@ -66,13 +66,13 @@ class GradESLightningCallback(Callback):
             )
         if trainer.min_steps or trainer.min_epochs:
             raise ValueError(
-                f"min_steps={trainer.min_steps} and min_epochs={trainer.min_epochs} keep Lightning training after GradES "
-                "has ended a run. Drop them."
+                f"min_steps={trainer.min_steps} and min_epochs={trainer.min_epochs} keep Lightning training after "
+                "GradES has ended a run. Drop them."
             )
         rows = self._rows(trainer, pl_module) if self.config.tau is None else self.held_out
         if self.config.tau is not None and rows is not None:
             raise ValueError(
-                "held_out is about looks at held-out rows, and with a tau there are none. Drop one of them."
+                "held_out is about looks at held-out rows, and with a tau there are none. Drop one."
             )
         engine = GradES(
             pl_module, self.config, total_steps=int(total), optimizer=trainer.optimizers[0], held_out=rows,
@@ -101,8 +101,8 @@ class GradESLightningCallback(Callback):
             return
         if engine.t != trainer.global_step:
             raise RuntimeError(
-                f"GradES has seen {engine.t} optimizer steps and Lightning has made {trainer.global_step}: it is called "
-                "where Lightning clips gradients. If the LightningModule overrides optimizer_step, let it call "
+                f"GradES has seen {engine.t} optimizer steps and Lightning has made {trainer.global_step}: it is "
+                "called where Lightning clips gradients. If the LightningModule overrides optimizer_step, let it call "
                 "super().optimizer_step(...) once a step."
             )
         trainer.should_stop |= engine.done
@@ -208,8 +208,8 @@ class _ValidationLoss:
                     found = module.validation_step(batch, 0, **more)
             except Exception as error:
                 raise ValueError(
-                    f"GradES without a tau looks at the loss of held-out rows, and validation_step fails for the first: "
-                    f"{error!r}. {WAYS_OUT}"
+                    f"GradES without a tau looks at the loss of held-out rows, and validation_step fails for the "
+                    f"first: {error!r}. {WAYS_OUT}"
                 ) from error
         loss = found.get("loss") if isinstance(found, Mapping) else found
         if not isinstance(loss, Tensor) or loss.numel() != 1:

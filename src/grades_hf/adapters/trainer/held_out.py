@@ -57,8 +57,8 @@ def held_out_rows(
     if hasattr(trainer, "reward_funcs") or "generation_config" in vars(trainer):
         raise ValueError(
             f"GradES without a tau cannot work with {type(trainer).__name__}: it trains on what the model generates, "
-            "so no held-out row has a loss to look at. Pass a tau, or held_out, a function from the model to the losses "
-            "of held-out rows."
+            "so no held-out row has a loss to look at. Pass a tau, or held_out, a function from the model to the "
+            "losses of held-out rows."
         )
     source = trainer.eval_dataset if source is None else source
     if source is None:
