@@ -95,8 +95,13 @@ class _Checked:
 def load(engine: GradES, saved: Mapping[str, Any]) -> None:
     """Take over `saved`; see `GradES.load_state_dict`."""
     state = _modern(saved)
-    changed = _changed_options(engine, state)
-    checked = _check(engine, state, changed)
+    try:
+        changed = _changed_options(engine, state)
+        checked = _check(engine, state, changed)
+    except _MALFORMED as error:
+        if type(error) is ValueError:
+            raise
+        raise ValueError(f"this is no state of GradES: {str(error)[:200]!r} is missing or malformed.") from error
     if changed:
         logger.warning(
             "GradES: the checkpoint was made with other options (%s). The new ones hold from here on: what is frozen "

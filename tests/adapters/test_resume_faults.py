@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from grades_hf import GradES, GradESCallback, GradESConfig
 from grades_hf.adapters.trainer import checkpoint
@@ -50,7 +50,9 @@ def states(folder: Path, step: int) -> dict[str, Any]:
     return json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
 
 
-@pytest.mark.compatibility("Trainer", "resuming a run without a tau (full, LoRA, bf16 weights, average_device)", "works")
+@pytest.mark.compatibility(
+    "Trainer", "resuming a run without a tau (full, LoRA, bf16 weights, average_device)", "works"
+)
 @pytest.mark.parametrize(
     ("make", "options"),
     [(llama, {}), (lora, {}), (half, {}), (llama, {"average_device": "cpu"})],
@@ -128,7 +130,7 @@ def test_grades_then_without_then_grades(options, tmp_path, caplog):
     assert callback.engine.t == 16
     assert callback.engine.frozen == first.engine.frozen
     assert bool(callback.engine.frozen) is not bool(options)
-    lines = [r.getMessage() for r in caplog.records if "without GradES" in r.getMessage()]
+    lines = [r.getMessage() for r in caplog.records if "trained without GradES" in r.getMessage()]
     assert len(lines) == 1
     assert "steps 9 to 12 were trained without GradES" in lines[0]
     series = callback.engine.history.values["model.layers.0.self_attn.k_proj"]
@@ -207,6 +209,7 @@ def test_a_damaged_state_is_a_value_error_at_most(kind, tmp_path, monkeypatch):
     good = TrainerState.load_from_json(str(tmp_path / "checkpoint-6" / "trainer_state.json"))
     data = small.tokens(4)
     refused = survived = 0
+    wrong: list[str] = []
     for path in paths(good.stateful_callbacks["GradESCallback"]):
         for hostile in HOSTILE:
             state = copy.deepcopy(good)
@@ -225,9 +228,10 @@ def test_a_damaged_state_is_a_value_error_at_most(kind, tmp_path, monkeypatch):
             except ValueError as error:
                 assert str(error), (path, hostile)
                 refused += 1
-            except Exception as error:  # say where
-                raise AssertionError(f"{path} = {hostile!r:.80}: {error!r}") from error
+            except Exception as error:
+                wrong.append(f"{path} = {hostile!r:.80}: {error!r:.200}")
             engine.close()
+    assert wrong == []
     assert refused > 100
     assert survived > 0
 
@@ -264,7 +268,6 @@ def test_damaged_tensors_cost_one_check_or_the_average(damage, kind, tmp_path):
     callback = make()
     overfit.trainer(llama(), tmp_path, [callback], **SAVES).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert callback.engine.t == 12
-    assert isinstance(Trainer, type)
 
 
 def test_a_checkpoint_of_a_later_step_contradicts_itself(tmp_path, caplog):

@@ -65,11 +65,14 @@ class Watch(Callback):
         self.seen.append((torch.get_rng_state(), notes, logged, pl_module.accuracy.tp.clone()))
 
 
-def fit(folder: Path, *callbacks: Callback, module: Any = Full, resume: Any = None, rows: Any = ROWS, **options: Any) -> tuple[Any, Trainer]:
+def fit(
+    folder: Path, *callbacks: Callback, module: Any = Full, resume: Any = None, rows: Any = ROWS, **options: Any
+) -> tuple[Any, Trainer]:
     torch.manual_seed(0)
     made = module()
-    options = {"max_steps": 40, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
-               "enable_model_summary": False, "enable_checkpointing": False, "check_val_every_n_epoch": 3} | options  # fmt: skip
+    defaults = {"max_steps": 40, "accelerator": "cpu", "check_val_every_n_epoch": 3}
+    defaults |= dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    options = {**defaults, **options}
     if any(isinstance(c, ModelCheckpoint) for c in callbacks):
         options["enable_checkpointing"] = True
     trainer = Trainer(default_root_dir=folder, callbacks=list(callbacks), **options)
@@ -180,7 +183,7 @@ def test_a_resumed_run_looks_where_an_uninterrupted_one_does(average_device, tmp
 
 def test_a_checkpoint_that_is_saved_after_the_run(tmp_path):
     callback = GradESLightningCallback(tau={"q": 1e9, ".*": 1e-30}, alpha=0.5)
-    module, trainer = fit(tmp_path, callback, max_steps=8)
+    _, trainer = fit(tmp_path, callback, max_steps=8)
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     again = GradESLightningCallback(tau={"q": 1e9, ".*": 1e-30}, alpha=0.5)
     fit(tmp_path, again, max_steps=12, resume=tmp_path / "after.ckpt")

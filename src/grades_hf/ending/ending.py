@@ -22,6 +22,8 @@ AGAIN = 1.5  # how much higher the statistic must have risen for the next look
 MARGIN = 3.0  # standard errors by which the average must be better
 MOST = 12  # looks in a run
 
+_OF_A_LOOK = ("loss", "average_loss", "difference", "error")
+
 NO_ROWS = (
     "GradES without a tau decides by looks at held-out rows, and has none. Pass held_out= (a Dataset, a DataLoader, or "
     "a function from the model to the losses of held-out rows), give the trainer an eval_dataset, or pass a tau."
@@ -150,7 +152,12 @@ class Ending(Extension):
     def check(self, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]], float]:
         looks, level = [dict(look) for look in state["looks"]], float(state["level"])
         for look in looks:
+            numbers = {name: look[name] for name in ("step", "votes", "components", "rise", "rows", *_OF_A_LOOK)}
+            if not isinstance(look["ended"], bool) or not all(type(n) in (int, float) for n in numbers.values()):
+                raise ValueError("the looks of a checkpoint hold what is no number.")
             _losses(look)
+        if not math.isfinite(level) or level <= 0:
+            raise ValueError(f"the rise that proposes a look cannot be {level}.")
         return looks, level
 
     def load(self, checked: tuple[list[dict[str, Any]], float]) -> None:

@@ -79,7 +79,10 @@ def resume(engine: GradES, name: str, state: TrainerState, path: Path, args: Tra
         tensors = {}
     engine.load_tensors(tensors)
     try:
-        adopt_history(engine, History.load(path), found.get("checksum"))
+        history = History.load(path)
+        if earlier < state.global_step:
+            history.truncate(earlier)
+        adopt_history(engine, history, found.get("checksum"))
     except (FileNotFoundError, ValueError) as error:
         if saved is not None:
             _say(state, "GradES: earlier values are lost from the history, training is not affected: %s", error)
@@ -133,7 +136,7 @@ def _compare(before: Any, now: Mapping[str, Any], engine: GradES, state: Trainer
     rows, clipped = [], []
     for training in (before, now):
         numbers = [training[name] for name in training]
-        if not all(isinstance(number, (int, float)) for number in numbers):
+        if not all(isinstance(number, (int, float)) and 0 <= number < 1e9 for number in numbers):
             return
         rows.append(numbers[0] * numbers[1] * numbers[2])
         clipped.append(numbers[3])
