@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,21 +16,22 @@ from grades_hf.adapters.trainer.held_out import held_out_rows
 from grades_hf.criteria import Rise
 
 ALONE: Any = SimpleNamespace(rank=0, number=1, sharded=False)
+NOTES = ("_metrics", "_total_train_tokens", "accum_loss_components", "_step", "notes", "count")
 TIMES = ("_runtime", "_per_second")
 
 
 class Randoms(TrainerCallback):
     """The state of torch's random numbers before each update, and what the trainer has noted by then."""
 
-    def __init__(self, trainer: Callable[[], Trainer]) -> None:
-        self.trainer, self.seen = trainer, []
+    trainer: Trainer
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        trainer = self.trainer()
-        notes = {k: copy.deepcopy(v) for k, v in vars(trainer).items() if isinstance(v, (int, float, dict, list)) and
-                 k in ("_metrics", "_total_train_tokens", "accum_loss_components", "_step", "notes", "count")}  # fmt: skip
+        notes = {name: str(vars(self.trainer)[name]) for name in NOTES if name in vars(self.trainer)}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        self.seen.append((torch.get_rng_state(), model.training, str(notes), state.num_input_tokens_seen, buffers))
+        self.seen.append((torch.get_rng_state(), model.training, notes, state.num_input_tokens_seen, buffers))
 
 
 def logs(trainer: Trainer) -> list[dict[str, Any]]:
@@ -60,8 +60,8 @@ def check(build: Callable[[Path, list[TrainerCallback]], Trainer], folder: Path,
             if name == "looks":
                 patch.setattr(Rise, "update", always)
             callback = GradESCallback(rise=rise, look_rows=16, **options)
-            randoms = Randoms(lambda: trainer)
-            trainer = build(folder / name, [callback, randoms])
+            randoms = Randoms()
+            trainer = randoms.trainer = build(folder / name, [callback, randoms])
             trainer.train()
             runs.append((callback, trainer, randoms))
     (without, b, unseen), (with_looks, a, seen) = runs

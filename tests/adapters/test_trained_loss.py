@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from grades_hf import GradESCallback, GradESTrainer
-from tests import small
 from tests.adapters import looks, overfit
 from tests.small import llama, lora, tokens
 
