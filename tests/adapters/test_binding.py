@@ -34,7 +34,7 @@ def frozen_at(callback: GradESCallback) -> set[int]:
 
 @pytest.mark.parametrize("how", ["constructor", "class", "added", "mixin", "trainer"])
 def test_trackers_get_options_and_figures_however_the_callback_comes(how, tmp_path):
-    """Trackers run before the callbacks of the user. Where one is added later, they miss the options of the first run."""
+    """Trackers run before the callbacks of the user. If one is added later, they miss the options of the first run."""
     options: list[Any] = []
     logged: list[bool] = []
 
