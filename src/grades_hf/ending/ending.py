@@ -60,7 +60,7 @@ class Ending(Extension):
     name = "ending"
 
     def __init__(self, held_out: HeldOut | None) -> None:
-        self._held_out = held_out
+        self._held_out: Any = held_out
         self.looks: list[dict[str, Any]] = []
         self.share = 0.0
 
@@ -68,10 +68,9 @@ class Ending(Extension):
         if self._held_out is None:
             raise ValueError(NO_ROWS)
         self._run: Any = run
-        self._rows = self._held_out
-        if isinstance(self._held_out, Rows):
-            pass
-        elif not callable(self._held_out) or hasattr(self._held_out, "__getitem__"):
+        self._rows: Any = self._held_out
+        function = callable(self._held_out) and not hasattr(self._held_out, "__getitem__")
+        if not function and not isinstance(self._held_out, Rows):
             self._rows = Rows(self._held_out, run.config.look_rows)
         self._epoch: float | None = None
         undo.callback(self._close)

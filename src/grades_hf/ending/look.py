@@ -149,7 +149,7 @@ def seed() -> None:
     np.random.seed(0)
 
 
-def _generators(owner: Any, depth: int) -> Iterator[Callable[[], None]]:
+def _generators(owner: Any, depth: int) -> Iterator[Callable[[], Any]]:
     """What puts the random generators among the attributes of an object, and of the objects in it, back."""
     own = getattr(owner, "__dict__", None)
     if not isinstance(own, dict) or isinstance(owner, (nn.Module, type)) or not depth:

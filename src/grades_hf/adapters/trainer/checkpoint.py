@@ -237,7 +237,7 @@ def _shards(
         if not shards[kind] and folder.is_dir():
             held = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             if (held.log_history, held.stateful_callbacks) == (state.log_history, state.stateful_callbacks):
-                names = {p: plain_path(name) for name, p in engine.model.named_parameters()}
+                names: dict[Tensor, str] = {p: plain_path(name) for name, p in engine.model.named_parameters()}
                 keys = {p: f"optimizer.state.{names[p]}.{PREFIX}{kind}" for p in parameters}
                 shards[kind] = from_folder(folder, keys)
     return shards

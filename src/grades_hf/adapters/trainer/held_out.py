@@ -164,7 +164,8 @@ class _Metric(_Loss):
         self._sign = -1.0 if greater or (greater is None and not self._key.endswith("loss")) else 1.0
 
     def of(self, trainer: Trainer, model: nn.Module, batch: Any) -> Tensor:
-        _, logits, labels = trainer.prediction_step(model, batch, prediction_loss_only=False)
+        found: Any = trainer.prediction_step(model, batch, prediction_loss_only=False)
+        _, logits, labels = found
         if trainer.preprocess_logits_for_metrics is not None:
             logits = trainer.preprocess_logits_for_metrics(logits, labels)
         assert trainer.compute_metrics is not None
