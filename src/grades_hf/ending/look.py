@@ -95,7 +95,13 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """What the model says its loss is."""
     output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None and isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].numel() == 1:
+    if (
+        loss is None
+        and isinstance(output, tuple)
+        and output
+        and isinstance(output[0], Tensor)
+        and output[0].numel() == 1
+    ):
         loss = output[0]
     if loss is None:
         raise ValueError(
