@@ -100,10 +100,12 @@ def load(engine: GradES, saved: Mapping[str, Any]) -> None:
     state = _modern(saved)
     try:
         changed = _changed_options(engine, state)
+        state, absent = _without_absent(engine, state)
+        checked = _check(engine, state, changed)
     except _MALFORMED as error:
-        raise ValueError(f"this is no state of GradES: {error!r} in its options.") from error
-    state, absent = _without_absent(engine, state)
-    checked = _check(engine, state, changed)
+        if type(error) is ValueError:
+            raise
+        raise ValueError(f"this is no state of GradES: {str(error)[:200]!r} is missing or malformed.") from error
     engine._absent = absent
     if changed:
         logger.warning(

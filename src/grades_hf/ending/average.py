@@ -56,14 +56,8 @@ class Average(Extension):
         return bool(self._average)
 
     def attach(self, run: Run, undo: ExitStack) -> None:
-    def on_join(self, components: Sequence[Component], parameters: Sequence[Tensor]) -> None:
-        """Their average begins at their weights as they are."""
-        known = set(self.parameters)
-        more = [p for p in parameters if p.is_floating_point() and p not in known]
-        self.parameters += more
-        if self._average:
-            self._average |= {p: self._copy(p) for p in more}
-
+        self._run = run
+        self.parameters = [p for p in run.model.parameters() if p.requires_grad and p.is_floating_point()]
         undo.callback(self._close)
 
     @torch.no_grad()
@@ -82,6 +76,14 @@ class Average(Extension):
             weights.append(local(parameter.detach()).to(average.device, average.dtype))
         for averages, weights in groups.values():
             torch._foreach_lerp_(averages, weights, weight)
+
+    def on_join(self, components: Sequence[Component], parameters: Sequence[Tensor]) -> None:
+        """Their average begins at their weights as they are."""
+        known = set(self.parameters)
+        more = [p for p in parameters if p.is_floating_point() and p not in known]
+        self.parameters += more
+        if self._average:
+            self._average |= {p: self._copy(p) for p in more}
 
     def install(self) -> None:
         """Put the average into the model."""

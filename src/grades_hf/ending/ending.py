@@ -13,7 +13,7 @@ import torch
 from ..contracts import Extension, Run, Step
 from ..criteria import Rise
 from .average import Average
-from .look import HeldOut, RowLosses, Rows, unseen
+from .look import HeldOut, Rows, seed, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,9 @@ APART = 1.25  # how much later than the last look the next one may come at the e
 MARGIN = 3.0  # standard errors by which a difference counts
 FIRST_STEP = 10
 MOST = 12  # looks in a run
+
+_NUMBERS = ("step", "votes", "components", "rise", "rows", "average_loss")
+_COMPUTED_OR_NOT = ("loss", "difference", "error", "since", "since_error")
 
 NO_ROWS = (
     "GradES without a tau decides by looks at held-out rows, and has none. Pass held_out= (a Dataset, a DataLoader, or "
@@ -70,7 +73,7 @@ class Ending(Extension):
     name = "ending"
 
     def __init__(self, held_out: HeldOut | None) -> None:
-        self._held_out = held_out
+        self._held_out: Any = held_out
         self.looks: list[dict[str, Any]] = []
         self.share = 0.0
         self._before: list[float] = []  # losses of the rows with the average of the last look
@@ -79,9 +82,9 @@ class Ending(Extension):
         if self._held_out is None:
             raise ValueError(NO_ROWS)
         self._run: Any = run
-        self._rows: Rows | RowLosses = self._held_out  # type: ignore[assignment]
-        is_function = callable(self._held_out) and not hasattr(self._held_out, "__getitem__")
-        if not isinstance(self._held_out, Rows) and not is_function:
+        self._rows: Any = self._held_out
+        function = callable(self._held_out) and not hasattr(self._held_out, "__getitem__")
+        if not function and not isinstance(self._held_out, Rows):
             self._rows = Rows(self._held_out, run.config.look_rows)
         self._epoch: float | None = None
         undo.callback(self._close)
@@ -147,6 +150,7 @@ class Ending(Extension):
 
     def _losses(self) -> list[float]:
         run = self._run
+        seed()  # the same random numbers for both
         if isinstance(self._rows, Rows):
             own = self._rows.losses(run.model, run.ranks)
         else:
@@ -184,11 +188,14 @@ class Ending(Extension):
     def check(self, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]], float, list[float]]:
         looks, level = [dict(look) for look in state["looks"]], float(state["level"])
         for look in looks:
+            numbers = [*(look[name] for name in _NUMBERS), *(look[name] or 0.0 for name in _COMPUTED_OR_NOT)]
+            if not isinstance(look["ended"], bool) or not all(type(number) in (int, float) for number in numbers):
+                raise ValueError("the looks of a checkpoint hold what is no number.")
             _losses(look)
             look["step"] = int(look["step"])
         before = [float(loss) for loss in state["before"]]
-        if not math.isfinite(level) or not all(map(math.isfinite, before)):
-            raise ValueError("the checkpoint's looks hold numbers that are not finite.")
+        if not math.isfinite(level) or level <= 0 or not all(map(math.isfinite, before)):
+            raise ValueError("the checkpoint's looks hold numbers that cannot be.")
         return looks, level, before
 
     def load(self, checked: tuple[list[dict[str, Any]], float, list[float]]) -> None:
