@@ -14,7 +14,6 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ...config import GradESConfig, make_config
 from ...engine import GradES
 from ...freezing.freezer import unwrap_optimizer
-from ...record.history import FILE_NAME
 from . import checkpoint, refusals, reporting, validation
 from .held_out import held_out_rows
 from .running import Binding, BoundCallback, running_trainer
@@ -93,7 +92,7 @@ class GradESCallback(BoundCallback, ExportableState):
         skip = validation.skips(config, args, trainer, kwargs.get("lr_scheduler"))
         rows = held_out_rows(config, trainer, model, self.held_out, self.look_metric)
         engine = GradES(model, config, total_steps=state.max_steps, optimizer=optimizer, held_out=rows)
-        path = Path(args.output_dir or ".") / FILE_NAME
+        path = Path(args.output_dir or ".")
         try:
             refusals.refuse_lost_adapters(args, engine)
             if state.global_step > 0:
@@ -150,7 +149,7 @@ class GradESCallback(BoundCallback, ExportableState):
             )
         reporting.show_progress(self.engine, self._run.bar)
         if control.should_save:
-            self._run.write(always=True)
+            self._run.write(urgent=True)
         return control
 
     def on_epoch_end(
@@ -159,13 +158,13 @@ class GradESCallback(BoundCallback, ExportableState):
         if self._run.skip:
             validation.leave_out(control, self._run.args or args, state, IntervalStrategy.EPOCH)
         if control.should_save:
-            self._run.write(always=True)
+            self._run.write(urgent=True)
         return control
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if (logs := kwargs.get("logs")) is not None and state.log_history:
             self._run.log(logs, state.log_history[-1], self.metrics(logs))
-            self._run.write(always=control.should_save)
+            self._run.write(urgent=control.should_save)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

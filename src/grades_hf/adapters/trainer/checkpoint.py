@@ -49,7 +49,7 @@ def resume(engine: GradES, name: str, state: TrainerState, path: Path, args: Tra
         engine: The engine of the resumed run.
         name: The class name of the callback.
         state: Trainer's state.
-        path: The history's file.
+        path: The directory of the history.
         args: The training arguments.
 
     Raises:
@@ -67,7 +67,7 @@ def resume(engine: GradES, name: str, state: TrainerState, path: Path, args: Tra
     engine.load_state_dict({**found, "step": state.global_step})
     tensors = _take_tensors(engine)
     if engine.ranks.sharded:
-        tensors = _shards(engine, tensors, state, path.parent)
+        tensors = _shards(engine, tensors, state, path)
     if earlier < state.global_step:
         _say(
             state,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -34,7 +33,7 @@ class Reports:
         args: The training arguments.
         skip: Whether scheduled evaluations are left out.
         over: Whether the run has been resumed from its own end, so that there is nothing to train.
-        path: Where the history goes; None on other ranks than the first.
+        path: The directory that the history goes to; None on other ranks than the first.
         bar: Gives Trainer's progress bar, or None.
         hook: What takes the hook off that saves tensors with the optimizer.
     """
@@ -47,13 +46,11 @@ class Reports:
     path: Path | None = None
     bar: Callable[[], Any] = _nothing
     hook: Callable[[], Any] = _nothing
-    _written: float = 0.0
-    _seconds: float = 0.0
 
     def begin(self) -> None:
         """The run begins. A directory that cannot be written is known before the first step."""
         if self.path is not None and self.engine is not None:
-            self.engine.history.save(self.path)
+            self.engine.history.open(self.path)
 
     def log(self, logs: dict[str, Any], entry: dict[str, Any], found: Mapping[str, float]) -> None:
         """Trainer logs: `entry` is what it keeps of `logs`."""
@@ -62,22 +59,10 @@ class Reports:
         if found and self.engine is not None:
             self.engine.log(logs.get("loss"))
 
-    def write(self, *, always: bool) -> None:
-        """Write the history; unless `always`, so seldom that it takes at most 1 % of the time.
-
-        A disk that is full by then costs the record, not the run: nothing that a resume needs is in that file.
-        """
-        if self.path is None or self.engine is None:
-            return
-        now = time.monotonic()
-        if not always and now - self._written < 100 * self._seconds:
-            return
-        try:
-            self.engine.history.save(self.path)
-        except OSError as error:
-            logger.warning("GradES: %s could not be written, training goes on: %s", self.path, error)
-        self._written = time.monotonic()
-        self._seconds = self._written - now
+    def write(self, *, urgent: bool) -> None:
+        """Append to the history's file what has come since; where it is not urgent, only now and then."""
+        if self.engine is not None:
+            self.engine.history.flush(urgent=urgent)
 
     def end(self) -> None:
         """The run is over, in whatever way."""
@@ -89,8 +74,9 @@ class Reports:
             engine.flush()
             if not engine.history.logs or engine.history.logs[-1]["step"] < engine.t:
                 engine.log()
-            self.write(always=True)
-            logger.info("GradES: %s", engine.conclude())
+            self.write(urgent=True)
+            if not engine.done:
+                logger.info("GradES: %s", engine.conclude())
         finally:
             engine.close()
             self.engine, self.over, self.skip = None, False, False
