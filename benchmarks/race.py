@@ -23,6 +23,7 @@ import logging
 import math
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 import warnings
@@ -85,18 +86,16 @@ def main(arguments: list[str] | None = None) -> Path:
     done = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     options.model = options.data_dir = "DIR"  # no path of this machine
     started, now = time.monotonic(), commit()
-    path = options.output / "race.json"
     with multiprocessing.get_context("spawn").Pool(options.processes, _quiet) as pool, log.open("a") as file:
 
         def do(jobs: list[Job]) -> None:
-            nonlocal path
             left = [job for job in jobs if job.key not in [entry["key"] for entry in done]]
             for number, entry in enumerate(pool.imap_unordered(run, left), start=1):
                 entry["commit"] = now
                 file.write(json.dumps(entry) + "\n")
                 file.flush()
                 done.append(entry)
-                path = _write(done, options)
+                _write(done, options)
                 what = ", ".join(map(str, entry["key"].values()))
                 say(f"[{number}/{len(left)}, {time.monotonic() - started:.0f} s] {what}")
 
@@ -105,7 +104,7 @@ def main(arguments: list[str] | None = None) -> Path:
         do([Job(places, setting, CALIBRATION) for setting in with_taus])
         taus = {entry["key"]["setting"]: entry for entry in done if entry["key"]["kind"] == "thresholds"}
         do([Job(places, name, seed, taus[name]["taus"]) for seed in options.seeds for name in with_taus])
-    return path
+    return _write(done, options)
 
 
 def _small() -> list[str]:
@@ -229,8 +228,8 @@ class Race(Loop):
         self.schedule = ScheduleAlone(self.engine, HeldRows(self.looks.rows))
         self.vote = OldVote(self.engine)
         self.early = {
-            "es": EarlyStopping(HeldRows(self.task.held)),
-            "es, rows of a look": EarlyStopping(HeldRows(self.looks.rows)),
+            "es": EarlyStopping(number_of(self.task.held)),
+            "es, rows of a look": EarlyStopping(number_of(self.looks.rows)),
         }
         self.kept: dict[str, tuple[Weights, dict[str, Any]]] = {}  # arm -> what it returns, and what that took
 
@@ -243,7 +242,7 @@ class Race(Loop):
                 self._step_of_the_engine(step)
             self.update()
             self._after(step)
-        return {"arms": self._test(), "looks": {"default": self.found, "schedule": self.schedule.ending.looks}}
+        return {"arms": self._test(), "looks": self.found}
 
     def keep(self, arm: str, weights: Weights, end: float, extra: float = 0.0, looks: int = 0) -> None:
         """An arm returns these weights after so many steps, and as much compute as `extra` steps besides."""
@@ -277,17 +276,19 @@ class Race(Loop):
         for part in STOPS:
             if step >= part * self.steps:
                 self.keep(f"stop at {part:g}", self.weights(), step)
-        if step % max(1, self.steps // VALIDATIONS) == 0:
-            for arm, rule in self.early.items():
-                if arm not in self.kept and rule.validate(self.model, self.weights):
-                    self.keep(arm, rule.best, step, rule.held.cost(self.setting.batch))
+        waiting = {arm: rule for arm, rule in self.early.items() if arm not in self.kept}
+        if waiting and step % max(1, self.steps // VALIDATIONS) == 0:
+            found = losses(self.model, first(self.task.held, max(rule.rows for rule in waiting.values())))[0]
+            for arm, rule in waiting.items():
+                if rule.validate(found, self.weights):
+                    self.keep(arm, rule.best, step, rule.cost(self.setting.batch))
 
     def _test(self) -> list[dict[str, Any]]:
         final, steps, batch = self.weights(), self.steps, self.setting.batch
         if not self.engine.done:
             self.engine.close()
         for arm, rule in self.early.items():
-            self.keep(arm, rule.best, steps, rule.held.cost(batch))
+            self.keep(arm, rule.best, steps, rule.cost(batch))
         for arm in ("default", "look, last weights"):
             self.keep(arm, final, steps, self.cost, len(self.found))
         self.keep("schedule alone", final, steps, self.schedule.held.cost(batch), len(self.schedule.ending.looks))
@@ -299,10 +300,10 @@ class Race(Loop):
             short.clip()
             short.update()
         self.keep("short", short.weights(), short.steps)
-        full, _ = self._losses(final)
+        full, _ = whole = self._losses(final)
         rows = []
         for arm, (weights, took) in self.kept.items():
-            each, right = self._losses(weights)
+            each, right = whole if weights is final else self._losses(weights)
             row = {"arm": arm, "loss": float(each.mean()), **took}
             row["error"] = float((each - full).std()) / math.sqrt(len(each))  # of the difference, over test rows
             rows.append(row if right is None else {**row, "accuracy": float(right.mean())})
@@ -389,30 +390,37 @@ class OldVote:
 
 
 class EarlyStopping:
-    """Validation every 5 % of the steps; the third in a row without progress of 0.0005 ends it; best weights."""
+    """Validation every 5 % of the steps; the third in a row without progress of 0.0005 ends it; best weights.
 
-    def __init__(self, held: HeldRows) -> None:
-        self.held, self.best = held, []
-        self._lowest, self._waiting = math.inf, 0
+    Args:
+        rows: Of how many held-out rows, the first ones.
+    """
 
-    def validate(self, model: nn.Module, weights: Callable[[], Weights]) -> bool:
-        """Whether the run ends."""
-        loss = float(self.held(model).mean())
+    def __init__(self, rows: int) -> None:
+        self.rows, self.best = rows, Weights()
+        self._lowest, self._waiting, self._validations = math.inf, 0, 0
+
+    def validate(self, held: Tensor, weights: Callable[[], Weights]) -> bool:
+        """Whether the run ends, at these losses of at least as many held-out rows."""
+        loss = float(held[: self.rows].mean())
+        self._validations += 1
         self._waiting = 0 if loss < self._lowest - MIN_DELTA else self._waiting + 1
         if loss < self._lowest or not self.best:
             self._lowest, self.best = loss, weights()
         return self._waiting >= PATIENCE
+
+    def cost(self, batch: int) -> float:
+        """Of all validations so far, in training steps."""
+        return self._validations * self.rows * FORWARD / batch
 
 
 # --- arms with a threshold -------------------------------------------------------------------------------------------
 
 
 def thresholds(job: Job) -> dict[str, Any]:
-    """tau for this package and for `grades`, as `grades-hf suggest` finds them in runs that freeze nothing."""
-    from grades_hf.tools.suggest import suggest
-
+    """tau for this package and for `grades`, chosen on runs that freeze nothing."""
     found: dict[str, Any] = {}
-    for name, by, monitor in (("tau", "projection", "auto"), ("peer", "all", "weight_change")):
+    for name, monitor in (("tau", "auto"), ("peer", "weight_change")):
         loop = Loop(job)
         config = GradESConfig(tau=NO_TAU, alpha=ALPHA, monitor=monitor)
         engine = GradES(loop.model, config, total_steps=loop.steps, optimizer=loop.optimizer)
@@ -421,10 +429,32 @@ def thresholds(job: Job) -> dict[str, Any]:
             loop.clip()
             engine.step()
             loop.update()
+        values = {c.name: [float(v) for v in engine.history.values[c.name]] for c in engine.components}
+        late = {c: [v for v in own[engine.t_grace :] if math.isfinite(v)] for c, own in values.items()}
+        # One level for each projection (q, k, up, ...); `grades` has a single one.
+        groups = {c: "all" if name == "peer" else c.rsplit(".", 1)[-1] for c in late}
+        levels = {g: statistics.median(v for c in late if groups[c] == g for v in late[c]) for g in groups.values()}
+        scale = choose({c: [v / levels[groups[c]] for v in late[c]] for c in late}, engine.total_steps)
         engine.close()
-        taus = suggest(engine.history, TARGET, by=by).tau
-        found[name] = taus[".*"] if by == "all" else taus
+        taus = {c: scale * levels[groups[c]] for c in late}
+        found[name] = next(iter(taus.values())) if name == "peer" else taus
     return found
+
+
+def choose(late: dict[str, list[float]], steps: int) -> float:
+    """The smallest threshold with which a run would have used at most TARGET of its compute.
+
+    Args:
+        late: The values of each component after the grace period.
+        steps: Of the whole run. A third of a step is the weight gradients, each component's as large as another's.
+    """
+    for tau in sorted({v for values in late.values() for v in values}):
+        ends = [next((i for i, v in enumerate(own, 1) if v <= tau), len(own)) for own in late.values()]
+        end, grace = max(ends), steps - len(next(iter(late.values())))
+        saved = sum(end - each for each in ends) / len(ends) / 3
+        if (grace + end - saved) / steps <= TARGET:
+            return tau * (1 + 1e-9)
+    raise ValueError(f"no threshold gives {TARGET} of the compute")
 
 
 def with_threshold(job: Job) -> dict[str, Any]:

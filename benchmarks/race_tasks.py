@@ -38,7 +38,7 @@ Rows = dict[str, Tensor]  # what the model takes, by name; each (rows, ...)
 LENGTH = 48  # tokens of a sequence of packed text
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BENCHMARKS = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "siqa", "winogrande")
-HELD, TEST = 192, 256  # rows to validate and to test on, at most
+HELD, TEST = 192, 192  # rows to validate and to test on, at most
 
 
 @dataclass(frozen=True)
