@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -107,3 +108,73 @@ def test_losses_of_rows_are_those_of_the_model(name, small):
     assert (right is not None) == (name == "BERT 64 x 40")
     again = race_tasks.make(race.SETTINGS[job.setting], 3, NOWHERE)
     assert torch.equal(again.order, task.order)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def row(arm, seed, loss, setting="a", **more):
+    return {"setting": setting, "seed": seed, "kind": "run", "arm": arm, "loss": loss, "end": 1.0, "compute": 1.0,
+            "looks": 0, "error": 0.01, **more}  # fmt: skip
+
+
+def rows(**losses):
+    """Rows of one setting: arm -> the loss of each seed; what is not named is as the full budget."""
+    full = losses.pop("full")
+    found = [row("full", seed, loss) for seed, loss in enumerate(full)]
+    for arm in list(race_page.ARMS)[1:]:
+        found += [row(arm, seed, loss) for seed, loss in enumerate(losses.get(arm, full))]
+    return found
+
+
+def test_differences_are_paired_by_seed():
+    found = race_page.outcomes(rows(full=[3.0, 4.0, 5.0], short=[3.1, 4.2, 5.3]))["a"]["short"]
+    assert (found.loss, found.error) == pytest.approx((0.2, 0.1 / 3**0.5))
+    assert found.worse
+    assert found.wrong == [0, 1, 2]
+
+
+def test_one_seed_has_the_error_of_its_rows():
+    found = race_page.outcomes(rows(full=[3.0], short=[3.015]))["a"]["short"]
+    assert found.error == 0.01
+    assert not found.worse
+
+
+def test_what_is_worse_is_bold_and_named():
+    given = rows(full=[3.0, 3.0], short=[3.1, 3.12], default=[3.2, 3.3], es=[2.0, 2.1])
+    found = race_page.outcomes(given)
+    heads, lines = race_page.losses(found, ["a"], {"a": 3.0})
+    cells = {line[0]: line[1] for line in lines}
+    assert heads == ["arm", "a"]
+    assert cells["short"] == "**+0.110 ± 0.010 for 1.00**"
+    assert cells["es"] == "-0.950 ± 0.050 for 1.00"
+    text = race_page.goal_lines(given)
+    assert "in no setting: **missed in 1 of 1**: a (+0.250 ± 0.050)." in text
+    assert "wherever that helps: **missed in 1 of 1**: a (+1.200 ± 0.000)." in text
+    assert "at most 12 times: holds, in 1." in text
+    assert "**missed in 2 of 2**: a, seed 0 (+0.200 ± 0.010)" in text
+
+
+def test_accuracy_counts_too():
+    given = [row | {"accuracy": 0.9} for row in rows(full=[3.0, 3.0], default=[2.0, 2.0])]
+    for one, worse in zip([r for r in given if r["arm"] == "default"], (0.80, 0.81), strict=True):
+        one["accuracy"] = worse
+    found = race_page.outcomes(given)
+    assert found["a"]["default"].worse
+    (line,) = race_page.accuracies(found, {"a": 0.9})[1]
+    assert line[:2] == ["a", "90.0 %"]
+    assert line[-1] == "**-9.5 ± 0.5**"
+    (worst,) = [line for line in race_page.worst(found)[1] if line[0] == "**default**"]
+    assert worst == ["**default**", "never worse", "-1.000", "-9.5 (a)", "1 of 1", "1.00"]
+
+
+def test_the_figure_is_drawn(tmp_path):
+    race_page.figure(rows(full=[3.0, 4.0]), tmp_path / "race")
+    assert (tmp_path / "race" / "race.png").stat().st_size > 10_000
+
+
+def test_the_committed_race_is_whole():
+    document = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for setting, own in race_page.outcomes(document["results"]["arms"]).items():
+        assert set(own) >= set(race_page.ARMS) - {"threshold", "peer"}, setting
+        assert all(len(outcome.runs) == len(own["full"].runs) for outcome in own.values()), setting
