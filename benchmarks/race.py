@@ -41,11 +41,12 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import RESULTS, commit, say, write
-from benchmarks.race_tasks import SETTINGS, Places, Rows, Setting, first, losses, make, number_of
+from benchmarks.race_tasks import REAL, SETTINGS, SMOLLM2, Places, Rows, Setting, first, losses, make, number_of
 from grades_hf import GradES, GradESConfig
 from grades_hf.criteria import Rise, smoothing
 from grades_hf.ending import Average, Ending
 from grades_hf.parallel.ranks import Ranks
+from recipes.models import locate_model
 
 STOPS = (0.3, 0.5, 0.7)  # parts of the run after which the arms `stop` end
 SHORT = 0.5  # the part of the steps that the shorter schedule has
@@ -80,7 +81,7 @@ class Job:
 def main(arguments: list[str] | None = None) -> Path:
     options = _options(arguments)
     places = Places(options.model, options.data_dir)
-    chosen = [n for n in SETTINGS if any(o in n for o in options.only)] if options.only else _small()
+    chosen = _chosen(options.only)
     options.output.mkdir(parents=True, exist_ok=True)
     log = options.output / "race.jsonl"
     done = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
@@ -107,8 +108,19 @@ def main(arguments: list[str] | None = None) -> Path:
     return _write(done, options)
 
 
-def _small() -> list[str]:
-    return [name for name in SETTINGS if "SmolLM2" not in name]
+def _chosen(only: list[str] | None) -> list[str]:
+    """The settings that an option names, by default the small ones; without those whose model cannot be had."""
+    large = [name for name, setting in SETTINGS.items() if setting.family == REAL]
+    if only is None:
+        return [name for name in SETTINGS if name not in large]
+    chosen = [name for name in SETTINGS if any(part in name for part in only)]
+    if set(chosen) & set(large):
+        try:
+            locate_model(SMOLLM2)
+        except (ValueError, RuntimeError) as error:
+            say(f"Without SmolLM2-135M, which is not to be had: {error}")
+            chosen = [name for name in chosen if name not in large]
+    return chosen
 
 
 def _write(entries: list[dict[str, Any]], options: argparse.Namespace) -> Path:

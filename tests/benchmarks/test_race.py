@@ -74,6 +74,20 @@ def test_no_look_in_a_first_epoch(small):
         assert arms[arm] == {**arms["full"], "arm": arm}
 
 
+def test_settings_by_name(monkeypatch, capsys):
+    assert not any("SmolLM2" in name for name in race._chosen(None))
+    assert race._chosen(["ViT 100 ", "T5"]) == ["ViT 100 x 100", "T5 backwards, 200 x 40", "T5 cipher, 400 x 20"]
+    monkeypatch.setattr(race, "locate_model", lambda name: (name, ""))
+    assert len(race._chosen(["SmolLM2"])) == 3
+
+    def nowhere(name):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(race, "locate_model", nowhere)
+    assert race._chosen(["SmolLM2", "T5 cipher"]) == ["T5 cipher, 400 x 20"]
+    assert "no network" in capsys.readouterr().out
+
+
 def test_early_stopping():
     rule, seen = race.EarlyStopping(2), []
     for loss in (3.0, 2.0, 1.9996, 2.5, 2.0):
