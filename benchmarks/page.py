@@ -207,6 +207,7 @@ def race() -> dict[str, str]:
     found["commit"] = ", ".join(sorted({run["commit"][:7] for run in runs}))
     values = {
         "race_origin": origin(found | {"commit": "%"}).replace("commit %", f"commit {found['commit']}"),
+        "race_extent": race_page.extent(rows, list(SETTINGS)),
         "race_goals": race_page.goal_lines(rows),
         "race_worst": table(*race_page.worst(outcomes)),
         "race_accuracy": table(*accuracies),

@@ -144,7 +144,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if CALIBRATION in options.seeds:
         parser.error(f"--seeds: {CALIBRATION} is the seed that thresholds are chosen on")
-    options.device, options.shape = "cpu", "smollm2-135m"  # what `write` asks for
     return options
 
 

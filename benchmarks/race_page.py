@@ -240,6 +240,25 @@ def goal_lines(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def extent(rows: Sequence[Row], settings: Sequence[str]) -> str:
+    """How much of the race has been run, in a paragraph."""
+    seeds: dict[str, set[int]] = {}
+    for row in rows:
+        seeds.setdefault(row["setting"], set()).add(row["seed"])
+    numbers = sorted({len(own) for own in seeds.values()})
+    each = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    runs = sum(len(own) for own in seeds.values())
+    text = f"{len(seeds)} settings, {each} seed{'s' * (numbers[-1] > 1)} each, {runs} runs."
+    missing = [setting for setting in settings if setting not in seeds]
+    absent = [arm for arm in ARMS if arm not in {row["arm"] for row in rows}]
+    for what, names in (("settings", missing), ("arms", absent)):
+        if names:
+            text += f" **Not run yet are the {what} {', '.join(names)}.**"
+    if numbers[0] < 2:
+        text += " Of a setting with one seed, the standard error is that over the test rows."
+    return text + "\n"
+
+
 def full_budget(rows: Iterable[Row], what: str) -> dict[str, float]:
     """Setting -> mean loss or accuracy of the full budget."""
     values: dict[str, list[float]] = {}

@@ -182,6 +182,15 @@ def test_accuracy_counts_too():
     assert worst == ["**default**", "never worse", "-1.000", "-9.5 (a)", "1 of 1", "1.00"]
 
 
+def test_what_has_not_run_is_said():
+    given = [one for one in rows(full=[3.0, 4.0]) if one["arm"] != "peer"]
+    text = race_page.extent(given, ["a", "b"])
+    assert text == "1 settings, 2 seeds each, 2 runs. **Not run yet are the settings b.** " + (
+        "**Not run yet are the arms peer.**\n"
+    )
+    assert "1 seed each, 1 runs" in race_page.extent([row("full", 1, 3.0)], ["a"])
+
+
 def test_the_figure_is_drawn(tmp_path):
     race_page.figure(rows(full=[3.0, 4.0]), tmp_path / "race")
     assert (tmp_path / "race" / "race.png").stat().st_size > 10_000
