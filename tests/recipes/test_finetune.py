@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from grades_hf import History
-from grades_hf.report.page import load_runs
+from grades_hf.report.runs import load_runs
 from recipes import finetune
 
 from .rows import siqa_dir, write_jsonl
