@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from pydoc_data.topics import topics  # type: ignore[import-untyped]
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
