@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from numbers import Integral, Real
 from typing import Any
+
+from .checks import count, names, number, one_of, short, taus
 
 REDUCTIONS = ("sum", "mean")
 
@@ -24,74 +23,9 @@ DELETED: dict[str, tuple[Any, ...]] = {
 DELETED_MONITORS = ("relative_change", "signal_to_noise", "evidence", "gradient_product")
 
 
-def is_count(value: object) -> bool:
-    """Whether `value` is a whole number from 1 to 2^53, beyond which floats cannot count (a bool is none)."""
-    return not isinstance(value, bool) and isinstance(value, Integral) and 1 <= int(value) <= LARGEST
-
-
-def is_real(value: object) -> bool:
-    """Whether `value` is a number that a float can hold (a bool is none)."""
-    try:
-        return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(float(value))
-    except OverflowError:
-        return False
-
-
 def grace_steps(alpha: float, total_steps: int) -> int:
     r"""$t_{grace} = \lceil \alpha T \rceil$, in decimal arithmetic: 0.55 of 100 steps are 55, not 56."""
     return math.ceil(Fraction(str(alpha)) * total_steps)
-
-
-LARGEST = 2**53  # whole numbers are compared with floats and tensors
-
-
-def checked_total_steps(value: object) -> int:
-    """The planned number of optimizer steps, or a ValueError."""
-    if not is_count(value):
-        raise ValueError(
-            f"total_steps={_short(value)} must be the planned number of optimizer steps, a whole number of 1 or more."
-        )
-    return int(value)  # type: ignore[call-overload, no-any-return]
-
-
-def checked_scalar(name: str, value: Any) -> Any:
-    """A float or a tensor with one real element, finite or not, or None; else a ValueError."""
-    if value is None:
-        return None
-    if not isinstance(value, bool) and isinstance(value, Real):
-        with contextlib.suppress(OverflowError):
-            return float(value)
-    if getattr(value, "numel", lambda: 0)() == 1 and not value.is_complex():
-        return value.detach().reshape(())
-    raise ValueError(f"{name}={_short(value)} must be a number, or a tensor with one element.")
-
-
-def _number(fits: Callable[[float], bool], what: str) -> Callable[[str, Any], Any]:
-    def check(name: str, value: Any) -> float:
-        if not is_real(value) or not fits(value):
-            raise ValueError(f"{name}={_short(value)} must be {what}.")
-        return float(value)
-
-    return check
-
-
-def _count(unit: str) -> Callable[[str, Any], Any]:
-    def check(name: str, value: Any) -> int:
-        if not is_count(value):
-            raise ValueError(f"{name}={_short(value)} must be a whole number of {unit}, 1 or more.")
-        return int(value)
-
-    return check
-
-
-def _one_of(*allowed: Any) -> Callable[[str, Any], Any]:
-    def check(name: str, value: Any) -> Any:
-        if not any(value is item or (isinstance(item, str) and value == item) for item in allowed):
-            known = ", ".join(map(repr, allowed))
-            raise ValueError(f"{name}={_short(value)} is unknown; use one of {known}.")
-        return value
-
-    return check
 
 
 def _monitor(name: str, value: Any) -> Any:
@@ -100,7 +34,7 @@ def _monitor(name: str, value: Any) -> Any:
             f"monitor={value!r} is gone since grades-hf 0.2.0, because it lost against the others (docs/criteria.md "
             f"names the commit that has it). Use one of {', '.join(_monitors())}."
         )
-    return _one_of(*_monitors())(name, value)
+    return one_of(*_monitors())(name, value)
 
 
 def _monitors(*, tau: bool = True) -> list[str]:
@@ -108,51 +42,6 @@ def _monitors(*, tau: bool = True) -> list[str]:
     from .statistics import STATISTICS  # which imports torch
 
     return ["auto", *(name for name, statistic in STATISTICS.items() if tau or not statistic.two_steps)]
-
-
-def _names(name: str, value: Any) -> Any:
-    if isinstance(value, (list, tuple, set, frozenset)):
-        value = list(value)
-    valid = isinstance(value, (str, list)) and len(value) > 0
-    if not valid or (isinstance(value, list) and not all(isinstance(item, str) and item for item in value)):
-        raise ValueError(
-            f"{name}={_short(value)} must be a list of module names or name endings, or a regular expression as one "
-            "string. Leave it out for the default."
-        )
-    if isinstance(value, str):
-        try:
-            re.compile(value)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"{name}={_short(value)} is no valid regular expression: {error}.") from error
-    return value
-
-
-def _taus(name: str, value: Any) -> Any:
-    if isinstance(value, list) and all(isinstance(item, (list, tuple)) and len(item) == 2 for item in value):
-        value = dict(value)  # as `state_dict` writes it
-    if not isinstance(value, Mapping):
-        return _tau(name, value)
-    if not value:
-        raise ValueError("tau={} holds no threshold. Pass a number, or a mapping such as {'attention': 0.1}.")
-    for key in value:
-        if not isinstance(key, str) or not key:
-            raise ValueError(f"tau has the key {key!r}. Keys are labels, module names or patterns, as strings.")
-    return {key: _tau(f"tau[{key!r}]", number) for key, number in value.items()}
-
-
-_tau = _number(
-    lambda value: value > 0,
-    "a finite number greater than 0: a matrix freezes when its gradient statistic falls below it. Record a run "
-    "without freezing to see which values occur",
-)
-
-
-def _short(value: object) -> str:
-    """`repr`, cut to a length that a line of text can hold (`10**5000` has no repr at all)."""
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"<a whole number of {value.bit_length()} bits>"
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _option(default: Any, check: Callable[[str, Any], Any], help: str, only: str = "") -> Any:
@@ -198,7 +87,7 @@ class GradESConfig:
 
     tau: float | dict[str, float] | None = _option(
         None,
-        _taus,
+        taus,
         """Threshold on the statistic, the paper's tau (tau_r for LoRA; Table 9), greater than 0, in the unit of the
         statistic. A number for all components, or a mapping. A key of the mapping is a label (a tower such as "vision",
         a group such as "attention", "mlp" or "experts", a projection such as "q" or "down", or several joined by dots),
@@ -209,7 +98,7 @@ class GradESConfig:
     )
     alpha: float | None = _option(
         None,
-        _number(
+        number(
             lambda value: 0 <= value < 1,
             "a number in [0, 1): the part of the run in which nothing freezes (the paper uses 0.55; 1 would never "
             "freeze anything)",
@@ -227,35 +116,35 @@ class GradESConfig:
     )
     reduction: str = _option(
         "sum",
-        _one_of(*REDUCTIONS),
+        one_of(*REDUCTIONS),
         """"sum" (as in the paper) or "mean": divided by the number of measured elements, which makes matrices of
         different size comparable.""",
     )
     patience: int = _option(
         1,
-        _count("checks"),
+        count("checks"),
         "Number of checks in a row below tau, counted after the grace period, before a component freezes.",
         only="tau",
     )
     check_every: int = _option(
         1,
-        _count("optimizer steps"),
+        count("optimizer steps"),
         """Optimizer steps from one check to the next. Checks are made at steps that it divides. What is measured does
         not depend on it: it is always the change over one step.""",
     )
     target_modules: list[str] | str | None = _option(
         None,
-        _names,
+        names,
         """What to watch, by PEFT's conventions: a list of module names or name endings, a regular expression that
         matches the full name, or "all-linear". Names are module paths without PEFT's prefix. Default: every attention
         and feed-forward matrix in the model's repeated blocks.""",
     )
     exclude_modules: list[str] | str | None = _option(
-        None, _names, "What not to watch, by the same conventions. Default: nothing."
+        None, names, "What not to watch, by the same conventions. Default: nothing."
     )
     max_frozen_fraction: float = _option(
         1.0,
-        _number(
+        number(
             lambda value: 0 < value <= 1,
             "a number in (0, 1]: the part of the components at which training ends (1.0: when all are frozen)",
         ),
@@ -264,67 +153,67 @@ class GradESConfig:
     )
     rise: float = _option(
         0.2,
-        _number(lambda value: value > 0, "a finite number greater than 0: a part of the minimum"),
+        number(lambda value: value > 0, "a finite number greater than 0: a part of the minimum"),
         """The part by which the smoothed statistic must have risen over its own minimum, in half of the components,
         before they propose the first look. For each look that they propose again it takes 1.5 times as much.""",
         only="look",
     )
     look_rows: int = _option(
-        128, _count("rows"), "Number of held-out rows that a look computes the loss of, at most.", only="look"
+        128, count("rows"), "Number of held-out rows that a look computes the loss of, at most.", only="look"
     )
     average_device: str | None = _option(
         None,
-        _one_of("cpu"),
+        one_of("cpu"),
         """Where the moving average of the trained weights is kept: "cpu", or by default beside the weights.""",
         only="look",
     )
     return_weights: str = _option(
         "average",
-        _one_of("average", "last"),
+        one_of("average", "last"),
         """Which weights the model holds when a look has ended the run: their moving average, or the "last" ones.""",
         only="look",
     )
     skip_validation: bool | str = _option(
         "auto",
-        _one_of("auto", True, False),
+        one_of("auto", True, False),
         """Whether scheduled evaluations are left out (Trainer). "auto": yes, unless something needs them
         (load_best_model_at_end, early stopping, a scheduler or callback that reads metrics); one line says so.""",
     )
     keep_frozen: bool = _option(
         False,
-        _one_of(True, False),
+        one_of(True, False),
         "Whether what was frozen still requires no gradient after training. Default: everything is as before.",
         only="tau",
     )
     sample_size: int | None = _option(
         None,
-        _count("elements"),
+        count("elements"),
         """Number of elements of each tensor that the statistic is estimated from: a fixed random sample. 1024 elements
         have a relative error of 5 % in the median matrix of SmolLM2-135M. Default: all of them, exactly.""",
     )
     delay_transfer: bool = _option(
         False,
-        _one_of(True, False),
+        one_of(True, False),
         """Whether the values of a check are read one step later, so that a GPU's queue does not run empty. What falls
         below tau at step t then freezes at step t + 1.""",
     )
     freeze_prefix: bool = _option(
         False,
-        _one_of(True, False),
+        one_of(True, False),
         """Whether the norms, biases and embeddings below freeze too, once all components of the lowest blocks are
         frozen, so that the backward pass ends at the lowest live block. The paper keeps training them.""",
         only="tau",
     )
     merge_frozen_adapters: bool = _option(
         False,
-        _one_of(True, False),
+        one_of(True, False),
         """Whether a frozen LoRA pair is folded into a copy of its base weight while training goes on, so that it costs
         nothing. Saves and the end of training see the pair as it is.""",
         only="tau",
     )
     max_recompilations: int = _option(
         4,
-        _count("recompilations"),
+        count("recompilations"),
         """How many times freezing may recompile a model under torch.compile (freeze_prefix adds two). Matrices stop
         being updated at their step all the same; the saving comes in that many batches.""",
         only="tau",
@@ -374,20 +263,20 @@ class GradESConfig:
 
 def _known(options: Mapping[str, Any]) -> dict[str, Any]:
     """`options` without what earlier versions had besides; a ValueError names what is unknown, and what is near."""
-    names = [option.name for option in dataclasses.fields(GradESConfig)]
+    known = [option.name for option in dataclasses.fields(GradESConfig)]
     if "criterion" in options:  # a whole config of an earlier version, in which `rise` was another criterion's option
         options = {name: value for name, value in options.items() if name != "rise"}
     for name, value in options.items():
         if name in DELETED and value not in DELETED[name]:
             raise ValueError(
-                f"{name}={_short(value)} is gone since grades-hf 0.2.0, because it lost against the others "
+                f"{name}={short(value)} is gone since grades-hf 0.2.0, because it lost against the others "
                 "(docs/criteria.md names the commit that has it). Leave it out."
             )
-        if name not in names and name not in DELETED:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(names)}."
-            raise ValueError(f"GradES has no option {name}={_short(value)}; {hint}")
-    return {name: value for name, value in options.items() if name in names and value is not None}
+        if name not in known and name not in DELETED:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(known)}."
+            raise ValueError(f"GradES has no option {name}={short(value)}; {hint}")
+    return {name: value for name, value in options.items() if name in known and value is not None}
 
 
 _made_by_dataclass = GradESConfig.__init__
@@ -414,7 +303,7 @@ def make_config(config: GradESConfig | Mapping[str, Any] | None = None, **option
     if isinstance(config, Mapping):
         return GradESConfig(**{**config, **options})
     raise ValueError(
-        f"config={_short(config)} must be a GradESConfig or a dict of its fields. A threshold goes by name: "
+        f"config={short(config)} must be a GradESConfig or a dict of its fields. A threshold goes by name: "
         "GradESCallback(tau=0.5)."
     )
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from . import joining, state, words
 from .assembly import assemble
-from .config import GradESConfig, checked_scalar, checked_total_steps, make_config
+from .checks import checked_scalar, checked_total_steps
+from .config import GradESConfig, make_config
 from .contracts import Check, Step
 from .ending import HeldOut
 from .find.components import Component, kinds, release

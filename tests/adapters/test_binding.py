@@ -23,6 +23,8 @@ from tests.small import llama, tokens
 CONFIG = GradESConfig(tau={"q": 1e9, ".*": 1e-30}, alpha=0.5)
 FIRST = 7
 
+pytestmark = pytest.mark.usefixtures("looks_at_every_step")
+
 
 def frozen_at(callback: GradESCallback) -> set[int]:
     assert callback.engine is not None

@@ -40,7 +40,7 @@ class Last(TrainerCallback):
             "looks": copy.deepcopy(engine.ending.looks),
             "level": engine.criterion.level,
             "memory": engine.criterion.memory.tolist(),
-            "number": average.number,
+            "origin": average._origin,
             "average": [tensor.tolist() for tensor in average._average.values()],
             "devices": {str(tensor.device) for tensor in average._average.values()},
         }

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..contracts import Extension, Run, Trait
+from ..find.blocks import plain_path, sequential_blocks
 from ..find.components import Component, matches, unwrap
-from ..find.structure import Site, plain_path, sequential_blocks
+from ..find.structure import Site
 from ..hooks import hook
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..contracts import Extension, Run, Step, Trait
+from ..find.blocks import sequential_blocks
 from ..find.components import Component, unwrap
-from ..find.structure import sequential_blocks
 from ..hooks import hook
 from .counter import FlopCounter, count_backward, enter, leave
 from .savings import Savings

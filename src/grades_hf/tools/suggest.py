@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import grace_steps, is_count
+from ..checks import is_count
+from ..config import grace_steps
 from ..record.history import History
 from ..report.summary import CELLS, finite, step_tables, visible
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from ...engine import GradES
-from ...find.structure import plain_path
+from ...find.blocks import plain_path
 from ...parallel.sharded import from_folder, from_rank_0
 from ...record.history import History
 from ...state import adopt_history
