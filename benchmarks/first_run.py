@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from benchmarks import common
@@ -107,7 +108,7 @@ def picture(found: dict[str, Any]) -> Any:
     ours, plain = seed["test loss"]["with"], seed["test loss"]["without"]
     green, grey = "#0b7a4b", "#6b7280"
     x = alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickCount=6, grid=False), scale=alt.Scale(domain=[0, last]))
-    top = max(plain + 0.15, 3.0)
+    top = max(plain + 0.2, 3.0)
     y = alt.Y("loss:Q", title="loss on test rows", scale=alt.Scale(domain=[1.8, top], clamp=True))
     line = alt.Chart(alt.Data(values=curve)).mark_line(strokeWidth=2, clip=True)
     both = [
@@ -117,7 +118,7 @@ def picture(found: dict[str, Any]) -> Any:
     rule = alt.Chart(alt.Data(values=[{"step": end}])).mark_rule(strokeDash=[4, 4], color=green).encode(x="step:Q")
     ends = [
         {"step": end, "loss": ours, "text": f"with GradES: {ours:.2f}", "color": green, "dx": 8, "dy": 12},
-        {"step": last, "loss": plain, "text": f"without: {plain:.2f}", "color": grey, "dx": -8, "dy": 16},
+        {"step": last, "loss": plain, "text": f"without: {plain:.2f}", "color": grey, "dx": 4, "dy": -15},
     ]
     marks: list[Any] = []
     for row, align in zip(ends, ("left", "right"), strict=True):
@@ -126,10 +127,30 @@ def picture(found: dict[str, Any]) -> Any:
         text = base.mark_text(align=align, dx=row["dx"], dy=row["dy"], fontSize=13, fontWeight="bold", color=row["color"])
         marks.append(text.encode(text="text:N"))
     note = {"step": end, "loss": top - 0.08, "text": f"ends at step {end} of {last}"}
-    label = alt.Chart(alt.Data(values=[note])).mark_text(align="left", dx=6, fontSize=13, color=green)
+    label = alt.Chart(alt.Data(values=[note])).mark_text(align="right", dx=-6, fontSize=13, color=green)
     marks.append(label.encode(x, y, text="text:N"))
     chart = alt.layer(*both, rule, *marks).properties(width=330, height=230, background="white", padding=8)
     return chart.configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal").configure_view(stroke=None)
+
+
+def table(found: dict[str, Any]) -> str:
+    """The README's table: means over the seeds, with their standard deviation."""
+
+    def cell(kind: str, name: str, form: str) -> str:
+        values = [seed[kind][name] for seed in found["seeds"]]
+        return f"{mean(values):{form}} ± {stdev(values):{form}}"
+
+    looks = [len(seed["looks"]) for seed in found["seeds"]]
+    assert len(set(looks)) == 1, "the row on looks gives one number"
+    return "\n".join(
+        [
+            "| | with GradES | without |",
+            "|---|---:|---:|",
+            f"| optimizer steps | {cell('steps', 'with', '.0f')} | {found['seeds'][0]['steps']['without']} |",
+            f"| looks at 128 held-out rows | {looks[0]} | |",
+            f"| loss on 256 test rows | **{cell('test loss', 'with', '.2f')}** | {cell('test loss', 'without', '.2f')} |",
+        ]
+    )
 
 
 def main() -> None:
@@ -146,8 +167,7 @@ def main() -> None:
         RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     found = json.loads(RESULT.read_text(encoding="utf-8"))
     picture(found).save(str(PICTURE), scale_factor=2)
-    for seed in found["seeds"]:
-        sys.stdout.write(f"seed {seed['seed']}: {seed['steps']} steps, test loss {seed['test loss']}, {seed['seconds']} s\n")
+    sys.stdout.write(f"{table(found)}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""GradES for Lightning: `lightning.Trainer(callbacks=[GradESLightningCallback(held_out=rows)])`."""
+"""GradES for Lightning: `lightning.Trainer(callbacks=[GradESLightningCallback(tau=0.5)])`."""
 
 from __future__ import annotations
 
@@ -8,33 +8,22 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from ..config import GradESConfig
-from ..ending import HeldOut
-from ..engine import GradES
+from .config import GradESConfig
+from .engine import GradES
 
 
 class GradESLightningCallback(Callback):
-    """GradES for a LightningModule with one optimizer; its state is saved and resumed with checkpoints.
-
-    Without a `tau` looks at held-out rows decide when `fit` ends, and with one matrices freeze.
+    """Freezes matrices of a LightningModule with one optimizer; its state is saved and resumed with checkpoints.
 
     Args:
-        held_out: Held-out rows for the looks of a run without a tau: a function from the LightningModule to the losses
-            of the rows, a tensor of shape (rows,). Also a Dataset or DataLoader, where the module takes a row as
-            keyword arguments and returns an output with a `loss`.
         **options: The fields of `GradESConfig`. Evaluations are Lightning's, whatever `skip_validation` says.
 
-    Attributes:
-        engine: The `GradES` engine of the current or last `fit`; None before the first.
-
     Raises:
-        ValueError: manual optimization, several optimizers, a run without a planned end, or no held-out rows without a
-            tau; before the first step.
+        ValueError: manual optimization, several optimizers, or a run without a planned end; before the first step.
     """
 
-    def __init__(self, *, held_out: HeldOut | None = None, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         self.config = GradESConfig(**options)
-        self.held_out = held_out
         self.engine: GradES | None = None  # of the current or last `fit`
         self._loss: Tensor | None = None  # of the micro-batches since the last step, added up
         self._loaded: dict[str, Any] = {}
@@ -48,21 +37,14 @@ class GradESLightningCallback(Callback):
                 "or max_epochs. Otherwise call GradES in training_step."
             )
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        engine = GradES(
-            pl_module,
-            self.config,
-            total_steps=int(total),
-            optimizer=trainer.optimizers[0],
-            scaler=scaler,
-            held_out=self.held_out,
-        )
+        engine = GradES(pl_module, self.config, total_steps=int(total), optimizer=trainer.optimizers[0], scaler=scaler)
         if self._loaded:
             engine.load_state_dict(self._loaded)
         self.engine, clip = engine, pl_module.configure_gradient_clipping
 
         def clip_and_check(*args: Any, **kwargs: Any) -> None:  # Lightning has no hook between clipping and the update
             clip(*args, **kwargs)
-            engine.step(loss=self._loss, epoch=_epoch(trainer))
+            engine.step(loss=self._loss)
             self._loss = None
 
         pl_module.__dict__["configure_gradient_clipping"] = clip_and_check
@@ -87,10 +69,3 @@ class GradESLightningCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
-
-
-def _epoch(trainer: Trainer) -> float:
-    """How often each row has been seen before this step, as far as Lightning's counters tell."""
-    batches = trainer.num_training_batches
-    within = trainer.fit_loop.epoch_loop.batch_idx / batches if 0 < batches < float("inf") else 0.0
-    return trainer.current_epoch + within
