@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from grades_hf import GradES, GradESConfig, GradESLightningCallback
+from grades_hf import GradES, GradESConfig
+from grades_hf import GradESLightningCallback
 from tests import small
 from tests.clients.checks import same_weights
 from tests.small import llama
@@ -121,11 +122,6 @@ def test_resumed_equals_uninterrupted(epoch: int, tmp_path: Path) -> None:
     assert same_weights(module.model, model)
 
 
-def row_losses(module: nn.Module) -> torch.Tensor:
-    rows = ROWS[-8:]
-    return torch.stack([module.model(input_ids=row[None], labels=row[None]).loss for row in rows])
-
-
 def test_without_a_tau_the_loss_is_lightnings(tmp_path: Path) -> None:
     """It does not pass through a forward pass of the module; accumulation divides it, as it does gradients."""
     losses: list[float] = []
@@ -134,8 +130,7 @@ def test_without_a_tau_the_loss_is_lightnings(tmp_path: Path) -> None:
         def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
             losses.append(loss.item())
 
-    by_loss = GradESLightningCallback(held_out=row_losses)
-    norms = GradESLightningCallback(held_out=row_losses, monitor="gradient_norm")
+    by_loss, norms = GradESLightningCallback(smoothing=0.9), GradESLightningCallback(monitor="gradient_norm")
     fit(tmp_path, by_loss, Watch(), gradient_clip_val=None)
     fit(tmp_path, norms, gradient_clip_val=None)
     steps = [sum(losses[2 * i : 2 * i + 2]) for i in range(STEPS)]
@@ -144,26 +139,6 @@ def test_without_a_tau_the_loss_is_lightnings(tmp_path: Path) -> None:
     for name, series in norms.engine.history.values.items():
         expected = [norm / loss for norm, loss in zip(series, steps, strict=True)]
         assert list(by_loss.engine.history.values[name]) == pytest.approx(expected, rel=1e-5)
-
-
-def test_without_a_tau_a_look_ends_the_run(tmp_path: Path) -> None:
-    """A model that memorizes eight rows; before the first epoch is over there is no look."""
-    callback = GradESLightningCallback(held_out=row_losses)
-    module, trainer = fit(tmp_path, callback, rows=ROWS[:8], accumulation=1, max_steps=120, gradient_clip_val=None)
-    engine = callback.engine
-    assert engine is not None
-    assert engine.done
-    assert trainer.global_step == engine.t == engine.ending.looks[-1]["step"] < 120
-    assert row_losses(module).mean().item() == pytest.approx(engine.ending.looks[-1]["average_loss"], rel=1e-6)
-    one_epoch = GradESLightningCallback(held_out=row_losses)
-    fit(tmp_path, one_epoch, accumulation=1, max_steps=12, max_epochs=1)
-    assert one_epoch.engine is not None
-    assert one_epoch.engine.ending.looks == []
-
-
-def test_without_a_tau_held_out_rows_are_needed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="held_out"):
-        fit(tmp_path, GradESLightningCallback())
 
 
 def test_training_ends_when_all_is_frozen(tmp_path: Path) -> None:
