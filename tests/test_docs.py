@@ -6,6 +6,7 @@ That its Python blocks run is seen to by test_readme.py. A block that starts wit
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import functools
 import http.server
@@ -29,7 +30,8 @@ from accelerate.commands.launch import launch_command_parser
 import grades_hf
 from benchmarks import compare
 from benchmarks import page as benchmark_page
-from grades_hf import cli
+from grades_hf.config import helps
+from grades_hf.tools import cli
 from recipes import finetune, finetune_vlm, no_trainer
 from tests.standin import PROJECT
 from tests.test_readme import PAGES
@@ -143,8 +145,22 @@ def test_equations_and_docstrings_are_rendered(site):
         assert text.count("<math ") >= least, name
         assert "arithmatex" not in text, name
     text = (site / "api.html").read_text(encoding="utf-8")
-    for name in [*(f"grades_hf.{name}" for name in grades_hf.__all__), "grades_hf.GradESLightningCallback"]:
+    for name in (f"grades_hf.{name}" for name in grades_hf.__all__):
         assert f'id="{name}"' in text, name
+    for name, default, _ in helps():
+        assert f"<code>{name}</code></td>\n<td><code>{default}</code>" in text, name
+
+
+def test_every_page_leads_to_the_repository(site):
+    """The address is that of setup.cfg; each page of docs/ can be edited there."""
+    setup = configparser.ConfigParser()
+    setup.read(PROJECT / "setup.cfg", encoding="utf-8")
+    address = setup["metadata"]["url"]
+    for page in DOCS.glob("**/*.md"):
+        name = page.relative_to(DOCS).with_suffix("").as_posix()
+        text = (site / f"{name}.html").read_text(encoding="utf-8")
+        assert f'href="{address}/edit/main/docs/{name}.md"' in text, name
+        assert f'href="{address}"' in text, name
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -166,6 +182,10 @@ def test_pages_in_a_browser(site, address, tmp_path):
         text, console = browse(f"{address}/{name}", tmp_path / "profile")
         assert console == [], name
         assert "md-search" in text
+    text, console = browse(f"{address}/index.html?q=threshold", tmp_path / "profile")
+    assert console == []
+    found = re.findall(r'href="[^"]*?([\w/]+\.html)[^"]*" class="md-search-result__link"', text)
+    assert "howto/tau.html" in found, "the search finds the page on thresholds"
     # The console is read, and the policy holds: what a page asks for from elsewhere is not loaded.
     page = (site / "index.html").read_text(encoding="utf-8")
     (site / "elsewhere.html").write_text(page.replace("</body>", '<img src="http://example.invalid/a.png"></body>'))

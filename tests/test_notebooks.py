@@ -62,7 +62,7 @@ def test_it_runs_and_its_outputs_are_those_of_a_run(file: Path, folder: Path) ->
 
 
 def test_there_are_three() -> None:
-    assert [file.name for file in NOTEBOOKS] == ["01_quickstart.ipynb", "02_choosing_tau.ipynb", "03_any_loop.ipynb"]
+    assert [file.name for file in NOTEBOOKS] == ["01_default.ipynb", "02_paper.ipynb", "03_any_loop.ipynb"]
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
@@ -116,7 +116,7 @@ def test_the_install_cell_asks_for_what_there_is() -> None:
 
 def test_a_comparison_that_is_told_is_the_one_that_was_run() -> None:
     """02 says in words that stopping was better with every seed."""
-    cells = read(HERE / "02_choosing_tau.ipynb").cells
+    cells = read(HERE / "02_paper.ipynb").cells
     (text,) = [o.text for c in cells for o in c.get("outputs", []) if "minus loss of stopping" in o.get("text", "")]
     differences = [ast.literal_eval(value) for value in re.findall(r"[-+]\d\.\d+", text)]
     assert len(differences) == 3
