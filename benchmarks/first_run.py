@@ -107,7 +107,9 @@ def picture(found: dict[str, Any]) -> Any:
     end, last = seed["steps"]["with"], seed["steps"]["without"]
     ours, plain = seed["test loss"]["with"], seed["test loss"]["without"]
     green, grey = "#0b7a4b", "#6b7280"
-    x = alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickCount=6, grid=False), scale=alt.Scale(domain=[0, last]))
+    x = alt.X(
+        "step:Q", title="optimizer step", axis=alt.Axis(tickCount=6, grid=False), scale=alt.Scale(domain=[0, last])
+    )
     top = max(plain + 0.2, 3.0)
     y = alt.Y("loss:Q", title="loss on test rows", scale=alt.Scale(domain=[1.8, top], clamp=True))
     line = alt.Chart(alt.Data(values=curve)).mark_line(strokeWidth=2, clip=True)
@@ -124,13 +126,17 @@ def picture(found: dict[str, Any]) -> Any:
     for row, align in zip(ends, ("left", "right"), strict=True):
         base = alt.Chart(alt.Data(values=[row])).encode(x, y)
         marks.append(base.mark_point(filled=True, size=90, color=row["color"], opacity=1))
-        text = base.mark_text(align=align, dx=row["dx"], dy=row["dy"], fontSize=13, fontWeight="bold", color=row["color"])
+        text = base.mark_text(
+            align=align, dx=row["dx"], dy=row["dy"], fontSize=13, fontWeight="bold", color=row["color"]
+        )
         marks.append(text.encode(text="text:N"))
     note = {"step": end, "loss": top - 0.08, "text": f"ends at step {end} of {last}"}
     label = alt.Chart(alt.Data(values=[note])).mark_text(align="right", dx=-6, fontSize=13, color=green)
     marks.append(label.encode(x, y, text="text:N"))
     chart = alt.layer(*both, rule, *marks).properties(width=330, height=230, background="white", padding=8)
-    return chart.configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal").configure_view(stroke=None)
+    return chart.configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal").configure_view(
+        stroke=None
+    )
 
 
 def table(found: dict[str, Any]) -> str:
@@ -162,8 +168,17 @@ def main() -> None:
         began = time.monotonic()
         seeds = [measure(seed) for seed in arguments.seeds]
         command = f"python -m benchmarks.first_run --seeds {' '.join(map(str, arguments.seeds))}"
-        found = {"command": command, "commit": common.commit(), "versions": common.versions(), "machine": common.machine()}
-        found |= {"minutes": round((time.monotonic() - began) / 60, 1), "seeds": seeds, "curve": curve(seeds[0]["seed"], seeds[0]["steps"]["without"])}
+        found = {
+            "command": command,
+            "commit": common.commit(),
+            "versions": common.versions(),
+            "machine": common.machine(),
+        }
+        found |= {
+            "minutes": round((time.monotonic() - began) / 60, 1),
+            "seeds": seeds,
+            "curve": curve(seeds[0]["seed"], seeds[0]["steps"]["without"]),
+        }
         RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     found = json.loads(RESULT.read_text(encoding="utf-8"))
     picture(found).save(str(PICTURE), scale_factor=2)

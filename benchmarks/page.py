@@ -126,7 +126,10 @@ def step_cost() -> str:
         ]
         least = min((row["flops_ratio"], name) for name, row in rows.items() if name != "forward pass alone")
         forward = rows["forward pass alone"]["flops_ratio"]
-        takeaway = f"The most that was saved: {ratio(least[0])} of the FLOPs are left with {least[1]} ({ratio(forward)} is the forward pass).\n"
+        takeaway = (
+            f"The most that was saved: {ratio(least[0])} of the FLOPs are left with {least[1]} ({ratio(forward)} is the "
+            "forward pass).\n"
+        )
         parts += [f"### {title}\n", takeaway, table(["frozen", "FLOPs", "time"], lines)]
     return "\n".join(parts)
 
@@ -151,8 +154,8 @@ def memory() -> str:
         bare = rows["no monitoring"][states[0]]["peak"]
         ours = rows["gradient_change" if mode == "full" else "gradient_norm"]
         takeaway = (
-            f"With the paper's statistic the peak is {ours[states[0]]['peak'] / bare:.2f} of that without GradES while nothing "
-            f"is frozen, and {ours[states[-1]]['peak'] / bare:.2f} with all matrices frozen.\n"
+            f"With the paper's statistic the peak is {ours[states[0]]['peak'] / bare:.2f} of that without GradES while "
+            f"nothing is frozen, and {ours[states[-1]]['peak'] / bare:.2f} with all matrices frozen.\n"
         )
         parts += [f"### {TITLES[mode]}, peak\n", takeaway, table(["monitoring", *frozen], lines)]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""What the notebooks train: a small Llama with its tokenizer, and text for it. Nothing is downloaded, Python brings both.
+"""What the notebooks train: a small Llama with its tokenizer, and text for it. Nothing is downloaded.
 
 The model has read the docstrings of the standard library, as a model of the hub has read the web. It is fine-tuned on
 English (`pydoc_data.topics`, Python's language reference) or on source code. A token is a byte.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import string
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,13 @@ def test_trl_sft(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.Monke
     config = yaml.safe_load(blocks("trl_sft", "yaml")[0])
     assert {"model_name_or_path", "dataset_name", "eval_strategy", "output_dir"} == config.keys()
     config |= {"model_name_or_path": str(tiny_model_dir), "dataset_name": str(tmp_path / "rows"), "max_steps": 12}
-    config |= {"output_dir": "out", "report_to": "none", "use_cpu": True, "bf16": False, "per_device_train_batch_size": 8}
+    config |= {
+        "output_dir": "out",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 8,
+    }
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["sft.py", "--config", "my.yaml"])
@@ -99,3 +106,28 @@ def test_llama_factory(monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = blocks("llama_factory")
     exec(compile(block, "llama_factory.md", "exec"), {"__name__": "__main__"})
     assert isinstance(given[0]["callbacks"][0], GradESCallback)
+
+
+@needs("setfit")
+@pytest.mark.filterwarnings("ignore")
+def test_setfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the page, with a tiny random body."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+    from setfit import SetFitModel, Trainer, TrainingArguments
+    from sklearn.linear_model import LogisticRegression
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    BertModel(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(tmp_path)
+    model = SetFitModel(model_body=SentenceTransformer(str(tmp_path)), model_head=LogisticRegression())
+    rows = Dataset.from_dict({"text": [chr(97 + n % 26) for n in range(32)], "label": [n % 2 for n in range(32)]})
+    callback = GradESCallback(tau=1e9, alpha=0.5)
+    options: dict[str, Any] = {"max_steps": 10, "batch_size": 8, "report_to": "none"}
+    arguments = TrainingArguments(output_dir=str(tmp_path / "run"), num_epochs=1, **options)
+    Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    assert callback.engine is not None
+    assert set(callback.engine.frozen.values()) == {6}

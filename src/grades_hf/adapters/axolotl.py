@@ -47,12 +47,14 @@ class GradESArgs(BaseModel):
         if (data.get("fsdp") or data.get("fsdp_config")) and str(data.get("fsdp_version") or 1) == "1":
             raise ValueError(f"{FSDP1} In axolotl that is fsdp_version: 2.")
         if data.get("relora") or data.get("jagged_restart_steps"):
-            raise ValueError("ReLoRA begins its adapters anew while it trains, and GradES compares them over the run. Drop one.")
+            raise ValueError(
+                "ReLoRA begins its adapters anew while it trains, and GradES compares them over the run. Drop one."
+            )
         if config.tau is None:
             if data.get("rl") in GENERATES:
                 raise ValueError(
-                    f"GradES without a tau cannot work with rl: {data['rl']}, because no held-out row has a loss there. "
-                    "Set grades: {tau: ...}."
+                    f"GradES without a tau cannot work with rl: {data['rl']}, because no held-out row has a loss "
+                    "there. Set grades: {tau: ...}."
                 )
             if not data.get("val_set_size") and not data.get("test_datasets"):
                 raise ValueError(
