@@ -154,7 +154,8 @@ def table(found: dict[str, Any]) -> str:
             "|---|---:|---:|",
             f"| optimizer steps | {cell('steps', 'with', '.0f')} | {found['seeds'][0]['steps']['without']} |",
             f"| looks at 128 held-out rows | {looks[0]} | |",
-            f"| loss on 256 test rows | **{cell('test loss', 'with', '.2f')}** | {cell('test loss', 'without', '.2f')} |",
+            f"| loss on 256 test rows | **{cell('test loss', 'with', '.2f')}** | "
+            f"{cell('test loss', 'without', '.2f')} |",
         ]
     )
 

@@ -24,14 +24,14 @@ HEADER = """# Benchmarks
 
 What this means for you:
 
-- **Watching costs little.** Reading all gradients of a model adds a few percent to a step of full fine-tuning, and about half
-  a percent with LoRA. `check_every=10` or `sample_size=1024` make it a fraction of that.
+- **Watching costs little.** Reading all gradients of a model adds a few percent to a step of full fine-tuning, and about
+  half a percent with LoRA. `check_every=10` or `sample_size=1024` make it a fraction of that.
 - **Freezing saves less than one would think**, because a frozen matrix still takes part in the forward pass and passes
   gradients on. `freeze_prefix=True` saves more. With LoRA there is little to save.
 - **Freezing saves memory**: gradients and optimizer state of what is frozen are gone.
 
-The last two are about the paper's method, with a tau. What ending a run saves, and what it costs in quality, is on the page
-[Without a tau](criteria.md).
+The last two are about the paper's method, with a tau. What ending a run saves, and what it costs in quality, is on the
+page [Without a tau](criteria.md).
 
 Made by `python -m benchmarks.page` from `benchmarks/results/*.json`; the tests check that it is up to date. Each part
 names its command, commit and machine. Nothing here was measured on a GPU. Ratios compare runs side by side in one
@@ -127,8 +127,8 @@ def step_cost() -> str:
         least = min((row["flops_ratio"], name) for name, row in rows.items() if name != "forward pass alone")
         forward = rows["forward pass alone"]["flops_ratio"]
         takeaway = (
-            f"The most that was saved: {ratio(least[0])} of the FLOPs are left with {least[1]} ({ratio(forward)} is the "
-            "forward pass).\n"
+            f"The most that was saved: {ratio(least[0])} of the FLOPs are left with {least[1]} ({ratio(forward)} is "
+            "the forward pass).\n"
         )
         parts += [f"### {title}\n", takeaway, table(["frozen", "FLOPs", "time"], lines)]
     return "\n".join(parts)

@@ -1,5 +1,8 @@
-"""What mkdocs.yml cannot say: equations become MathML while the site is built, some files lie outside of docs/, the table
-of options comes from the code, and the address of the repository from setup.cfg."""
+"""What mkdocs.yml cannot say.
+
+Equations become MathML while the site is built, some files lie outside of docs/, the table of options comes from the
+code, and the address of the repository from setup.cfg.
+"""
 
 from __future__ import annotations
 
