@@ -24,8 +24,8 @@ HEADER = """# Benchmarks
 
 What this means for you:
 
-- **Watching costs little.** Reading all gradients of a model adds a few percent to a step of full fine-tuning, and about
-  half a percent with LoRA. `check_every=10` or `sample_size=1024` make it a fraction of that.
+- **Watching costs little.** Reading all gradients of a model adds a few percent to a step of full fine-tuning, and
+  about half a percent with LoRA. `check_every=10` or `sample_size=1024` make it a fraction of that.
 - **Freezing saves less than one would think**, because a frozen matrix still takes part in the forward pass and passes
   gradients on. `freeze_prefix=True` saves more. With LoRA there is little to save.
 - **Freezing saves memory**: gradients and optimizer state of what is frozen are gone.
