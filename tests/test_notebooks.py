@@ -16,7 +16,7 @@ from notebooks.execute import HERE, execute
 from tests.standin import PROJECT
 
 NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
-INSTALL = '%pip install -q -c ../constraints.txt -e "..[plots]"'
+INSTALL = '%pip install -q -c ../constraints.txt -e "..[notebooks]"'
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|tmp|work|usr|opt|var|Users|private)/|[A-Z]:\\\\")
 NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?")
 
@@ -115,7 +115,7 @@ def test_together_they_are_small() -> None:
 def test_the_install_cell_asks_for_what_there_is() -> None:
     setup = configparser.ConfigParser()
     setup.read(PROJECT / "setup.cfg", encoding="utf-8")
-    assert "plots" in setup["options.extras_require"]
+    assert "trl" in setup["options.extras_require"]["notebooks"]
     assert (HERE / ".." / "constraints.txt").is_file()
 
 
