@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import common
 from grades_hf import GradES, GradESConfig
-from grades_hf.flops import FlopCounter
+from grades_hf.record.counter import FlopCounter
 
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 
@@ -103,7 +103,7 @@ class Bench:
         count = {"all": self.blocks, "half": self.blocks // 2, "but_one": self.blocks - 1}[part]
         low = "|".join(map(str, range(count)))
         tau = {rf".*layers\.({low})\..*": 1e30} | ({".*": 1e-30} if part != "all" else {})
-        config = GradESConfig(tau=tau, alpha=0, monitor="gradient_norm", count_flops=False, **options)
+        config = GradESConfig(tau=tau, alpha=0, monitor="gradient_norm", **options)
         engine = GradES(self.trained, config, total_steps=1_000, optimizer=self.optimizer)
         self.backward()
         engine.step()

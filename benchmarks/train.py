@@ -4,7 +4,7 @@
 
 Arguments are those of `recipes/finetune.py` and those of an arm (`benchmarks/arms.py`). Quality is measured on
 validation rows, which no arm sees while it trains. A run leaves in `output_dir` the model, `results.json` and, with
-GradES, `grades_history.json`.
+GradES, `grades_history.arrow`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 A row has `prompt` and `completion`, or `messages`, or `text`. All arguments of TRL's SFTConfig and ModelConfig work,
 too. `--dry_run` shows in less than a minute whether everything fits together. A run leaves in `output_dir` the
-model or adapter with its tokenizer, `grades_history.json` and `results.json`.
+model or adapter with its tokenizer, `grades_history.arrow` and `results.json`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     accelerate launch --quiet recipes/no_trainer.py --data my.jsonl --model NAME --tau 0.5 --output_dir runs/mine
 
 Arguments are those of `finetune.py`; training arguments that this loop does not know are refused. It freezes matrices
-by a threshold, as the paper does. A run leaves the model or adapter with its tokenizer and `grades_history.json`.
+by a threshold, as the paper does. A run leaves the model or adapter with its tokenizer and `grades_history.arrow`.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> GradES:
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
-        engine.history.save(Path(args.output_dir) / "grades_history.json")
+        engine.history.save(Path(args.output_dir) / "grades_history.arrow")
     logger.info("%s", engine.conclude())
     accelerator.end_training()
     return engine

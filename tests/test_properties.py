@@ -192,11 +192,11 @@ def test_freeze_prefix_and_sample_size(case, resume_after, sample_size):
     assert [run.moved for run in runs] == [[], []]
     whole, resumed = (run.engine for run in runs)
     assert resumed.history.to_dict() == whole.history.to_dict()
-    assert resumed.prefix.frozen == whole.prefix.frozen
+    assert resumed.extension("prefix").frozen == whole.extension("prefix").frozen
     final = runs[0].weights
     assert [name for name, weight in runs[1].weights.items() if not torch.equal(weight, final[name])] == []
     if sample_size != 4:  # a larger sample than there are elements is exact
-        first = min(whole.prefix.frozen.values(), default=math.inf)
+        first = min(whole.extension("prefix").frozen.values(), default=math.inf)
         expected = {name: step for name, step in case.reference(tau).frozen.items() if step <= first}
         assert {name: step for name, step in whole.frozen.items() if step <= first} == expected
 

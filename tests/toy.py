@@ -129,6 +129,7 @@ def train(
     switches: Sequence[str] = ("",),
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     share: float = 1.0,
+    held_out: Any = None,
 ) -> Run:
     """A plain loop with the engine; after the steps of `resume_after` everything is saved, built anew and loaded.
 
@@ -138,10 +139,11 @@ def train(
         switches: "disable" or "set", then a moment (see below): what is done to the adapters in each step, in turn.
         wrap: around the model (DDP).
         share: the part of a step's rows that this process has.
+        held_out: what the engine looks at where there is no tau.
     """
     model = build(kind, order)
     torch_optimizer = optimize(optimizer, model)
-    engine = GradES(model, config, total_steps=STEPS, optimizer=torch_optimizer)
+    engine = GradES(model, config, total_steps=STEPS, optimizer=torch_optimizer, held_out=held_out)
     wrapped = wrap(model)
     run = Run(engine, model)
     for t, micro in enumerate(steps, start=1):
@@ -173,7 +175,8 @@ def train(
             saved = io.BytesIO()
             state = engine.state_dict()
             tensors = {"model": model.state_dict(), "optimizer": torch_optimizer.state_dict()}
-            torch.save({**tensors, "previous": state.pop("previous")}, saved)
+            kept = {key: state.pop(key) for key in ("previous", "tensors")}
+            torch.save({**tensors, **kept}, saved)
             text = json.dumps(state, sort_keys=True)
             engine.close()
             saved.seek(0)
@@ -182,7 +185,7 @@ def train(
             model.load_state_dict(loaded["model"])
             torch_optimizer = optimize(optimizer, model)
             torch_optimizer.load_state_dict(loaded["optimizer"])
-            engine = run.engine = GradES(model, config, total_steps=STEPS, optimizer=torch_optimizer)
-            engine.load_state_dict({**json.loads(text), "previous": loaded["previous"]})
+            engine = run.engine = GradES(model, config, total_steps=STEPS, optimizer=torch_optimizer, held_out=held_out)
+            engine.load_state_dict({**json.loads(text), **{key: loaded[key] for key in kept}})
             wrapped = wrap(model)
     return run

@@ -15,15 +15,12 @@ TRACKERS = ["tensorboard", "wandb", "trackio"]
 
 
 def run(kind: str, folder: Path) -> None:
-    """12 steps with GradESTrainer (`kind` "trainer"), the callback and its one-liner ("callback"), or without it."""
+    """12 steps with GradESTrainer (`kind` "trainer") or the callback ("callback")."""
     options = {"report_to": TRACKERS, "run_name": "run", "project": "grades", "save_strategy": "steps", "save_steps": 6}
     if kind == "trainer":
         trainer = small.trainer(llama(), folder, [], cls=GradESTrainer, extra={"grades": CONFIG}, **options)
     else:
-        callback = GradESCallback(CONFIG)
-        trainer = small.trainer(llama(), folder, [callback], **options)
-        if kind == "callback":
-            callback.report_through(trainer)
+        trainer = small.trainer(llama(), folder, [GradESCallback(CONFIG)], **options)
     trainer.train()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,13 @@ from .config import GradESConfig
 from .contracts import Criterion, Extension, Statistic, Trait
 from .criteria import Rise, Threshold, assign_thresholds, grace_steps, smoothing
 from .ending import Average, Ending, HeldOut
+from .find.changes import Changes
 from .find.components import Component, measure_last_factors, survey
 from .freezing.compilation import Batches, is_compiled
 from .freezing.freezer import Freezer, unwrap_optimizers
+from .freezing.optimizers import refuse_optimizers, with_inner
 from .freezing.prefix import Prefix
+from .inputs.calls import Calls
 from .inputs.clipping import Clipping
 from .inputs.loss import Loss
 from .inputs.scaler import Scaler, find_scaler
@@ -74,10 +77,7 @@ def assemble(
     components, left_out = survey(model, config)
     assign_thresholds(components, config.tau)
     t_grace = grace_steps(config.alpha or 0.0, total_steps)
-    for component in components:
-        paper = "gradient_norm" if component.adapter else "gradient_change"
-        automatic = "gradient_per_loss" if config.needs_loss else paper
-        component.monitor = automatic if config.monitor == "auto" else config.monitor
+    assign_monitors(components, config)
     criterion: Criterion
     if config.tau is None:
         measure_last_factors(model, components)
@@ -94,7 +94,8 @@ def assemble(
         places = {p: f"{c.name}/{place}" for c in components for place, p in enumerate(c.measured)}
         sampler = Sampler(config.sample_size, places)
     names = dict.fromkeys(component.monitor for component in components)
-    optimizers = unwrap_optimizers(optimizer)
+    optimizers = with_inner(unwrap_optimizers(optimizer))
+    refuse_optimizers(optimizers, (p for component in components for p in component.parameters))
     ranks = Ranks(model)
     batches = Batches(config.max_recompilations) if compiled else None
     freezer = Freezer(
@@ -112,6 +113,8 @@ def assemble(
     meter = Meter()
     # The order in which they attach and are called; closing runs backwards.
     extensions: Sequence[Extension | None] = (
+        Changes(),  # first: what is trainable now, before anything looks at it
+        Calls(accelerated=_in_accelerates_wrapper(optimizer)),
         ranks,  # builds DDP's reducer anew at the end, after the freezer has given everything back
         freezer,
         freezer.placeholders,
@@ -135,6 +138,14 @@ def assemble(
     )  # fmt: skip
 
 
+def assign_monitors(components: Iterable[Component], config: GradESConfig) -> None:
+    """Set `monitor` of every component: the name of its statistic."""
+    for component in components:
+        paper = "gradient_norm" if component.adapter else "gradient_change"
+        automatic = "gradient_per_loss" if config.tau is None else paper
+        component.monitor = automatic if config.monitor == "auto" else config.monitor
+
+
 def refuse_conflicts(extensions: Sequence[Extension], traits: frozenset[Trait]) -> None:
     """Raise the error of the first extension that a trait of the run, or another extension, rules out."""
     names = {extension.name for extension in extensions}
@@ -143,3 +154,9 @@ def refuse_conflicts(extensions: Sequence[Extension], traits: frozenset[Trait]) 
         reasons += [reason for name, reason in extension.conflicts.items() if name in names]
         if reasons:
             raise extension.error(reasons[0])
+
+
+def _in_accelerates_wrapper(optimizer: object) -> bool:
+    """Whether an optimizer, or one of several, came in accelerate's wrapper."""
+    several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    return any(type(one).__name__ == "AcceleratedOptimizer" for one in several)

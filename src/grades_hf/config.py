@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -9,10 +10,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
-MONITORS = ("auto", "gradient_change", "gradient_norm", "weight_change", "gradient_per_loss")
 REDUCTIONS = ("sum", "mean")
 
 # Options and statistics that earlier versions had -> the values that stand for not using them (docs/criteria.md).
@@ -24,8 +25,8 @@ DELETED_MONITORS = ("relative_change", "signal_to_noise", "evidence", "gradient_
 
 
 def is_count(value: object) -> bool:
-    """Whether `value` is a whole number of at least 1 (a bool is none)."""
-    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
+    """Whether `value` is a whole number from 1 to 2^53, beyond which floats cannot count (a bool is none)."""
+    return not isinstance(value, bool) and isinstance(value, Integral) and 1 <= int(value) <= LARGEST
 
 
 def is_real(value: object) -> bool:
@@ -34,6 +35,35 @@ def is_real(value: object) -> bool:
         return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(float(value))
     except OverflowError:
         return False
+
+
+def grace_steps(alpha: float, total_steps: int) -> int:
+    r"""$t_{grace} = \lceil \alpha T \rceil$, in decimal arithmetic: 0.55 of 100 steps are 55, not 56."""
+    return math.ceil(Fraction(str(alpha)) * total_steps)
+
+
+LARGEST = 2**53  # whole numbers are compared with floats and tensors
+
+
+def checked_total_steps(value: object) -> int:
+    """The planned number of optimizer steps, or a ValueError."""
+    if not is_count(value):
+        raise ValueError(
+            f"total_steps={_short(value)} must be the planned number of optimizer steps, a whole number of 1 or more."
+        )
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def checked_scalar(name: str, value: Any) -> Any:
+    """A float or a tensor with one real element, finite or not, or None; else a ValueError."""
+    if value is None:
+        return None
+    if not isinstance(value, bool) and isinstance(value, Real):
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    if getattr(value, "numel", lambda: 0)() == 1 and not value.is_complex():
+        return value.detach().reshape(())
+    raise ValueError(f"{name}={_short(value)} must be a number, or a tensor with one element.")
 
 
 def _number(fits: Callable[[float], bool], what: str) -> Callable[[str, Any], Any]:
@@ -68,9 +98,16 @@ def _monitor(name: str, value: Any) -> Any:
     if value in DELETED_MONITORS:
         raise ValueError(
             f"monitor={value!r} is gone since grades-hf 0.2.0, because it lost against the others (docs/criteria.md "
-            f"names the commit that has it). Use one of {', '.join(MONITORS)}."
+            f"names the commit that has it). Use one of {', '.join(_monitors())}."
         )
-    return _one_of(*MONITORS)(name, value)
+    return _one_of(*_monitors())(name, value)
+
+
+def _monitors(*, tau: bool = True) -> list[str]:
+    """The values of `monitor`; without a tau those that look at one step only."""
+    from .statistics import STATISTICS  # which imports torch
+
+    return ["auto", *(name for name, statistic in STATISTICS.items() if tau or not statistic.two_steps)]
 
 
 def _names(name: str, value: Any) -> Any:
@@ -298,10 +335,8 @@ class GradESConfig:
             value = getattr(self, option.name)
             if value is not None or option.default is not None:
                 setattr(self, option.name, option.metadata["check"](option.name, value))
-        if self.tau is None and self.monitor not in ("auto", "gradient_norm", "gradient_per_loss"):
-            raise ValueError(
-                f"monitor={self.monitor!r} needs a tau. Without one the statistic is gradient_per_loss or gradient_norm."
-            )
+        if self.tau is None and self.monitor not in (without := _monitors(tau=False)):
+            raise ValueError(f"monitor={self.monitor!r} needs a tau. Without one it is one of {', '.join(without)}.")
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
             if option.metadata["only"] == ("look" if self.tau is not None else "tau") and value != option.default:
@@ -318,7 +353,9 @@ class GradESConfig:
     @property
     def needs_loss(self) -> bool:
         """Whether the statistic is divided by the loss of each step."""
-        return self.monitor == "gradient_per_loss" or (self.monitor == "auto" and self.tau is None)
+        from .statistics import STATISTICS
+
+        return STATISTICS[self.monitor].needs_loss if self.monitor != "auto" else self.tau is None
 
     def resolved(self) -> GradESConfig:
         """The same with the values that None and `"auto"` stand for, where they do not depend on the component."""

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from .freezing.freezer import Freezer
     from .parallel.ranks import Ranks
     from .record.history import History
+    from .statistics.sampling import Sampler
+
+
+IDLE = -math.inf  # in the place of a value: the step's batch has not involved this component
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Check:
     Args:
         step: The optimizer step (1-based) at which they were measured.
         names: The components, in order.
-        values: (len(names),) in float64, on any device.
+        values: (len(names),) in float64, on any device; NaN where there is none, `IDLE` where there was no gradient.
     """
 
     def __init__(self, step: int, names: list[str], values: Tensor) -> None:
@@ -75,9 +79,10 @@ class Check:
         return self._host
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON types: `step`, and `values` by name with None for what is not finite."""
-        values = [value if math.isfinite(value) else None for value in self.values().tolist()]
-        return {"step": self.step, "values": dict(zip(self.names, values, strict=True))}
+        """JSON types: `step`, `values` by name with None for what is not finite, and `idle`, the names of `IDLE`."""
+        values = dict(zip(self.names, self.values().tolist(), strict=True))
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return {"step": self.step, "values": finite, "idle": [name for name, v in values.items() if v == IDLE]}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Check:
@@ -87,6 +92,7 @@ class Check:
             AttributeError, KeyError, TypeError, ValueError: `state` is no such state.
         """
         values = {str(name): math.nan if value is None else float(value) for name, value in state["values"].items()}
+        values |= {str(name): IDLE for name in state.get("idle", ()) if str(name) in values}
         return cls(int(state["step"]), list(values), torch.tensor(list(values.values()), dtype=torch.float64))
 
 
@@ -102,6 +108,7 @@ class Statistic(ABC):
         needs_loss: Whether the engine divides it by the loss of the step.
         previous: What was remembered of the step before, by parameter: tensors like it, or (n,) sampled elements of it.
             Always empty if the statistic looks at one step only.
+        sampler: Which elements it looks at; None for all of them.
     """
 
     name: ClassVar[str]
@@ -109,6 +116,7 @@ class Statistic(ABC):
     zero_is_a_value: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = False
     previous: dict[Tensor, Tensor]
+    sampler: Sampler | None
 
     @abstractmethod
     def measure(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
@@ -130,8 +138,8 @@ class Statistic(ABC):
         """Free what is kept for these parameters."""
 
     @abstractmethod
-    def restore(self, parameter: Tensor, previous: Tensor) -> None:
-        """Take back a copy of what `previous` held for `parameter`; a ValueError if the shape is another one."""
+    def fitting(self, parameter: Tensor, saved: Tensor) -> Tensor:
+        """What `previous` may hold for `parameter`, from what it held; a ValueError if the shape is another one."""
 
 
 class Criterion(ABC):
@@ -209,6 +217,8 @@ class Run(Protocol):
     traits: frozenset[Trait]
 
     ended: str | None
+    took_part: Tensor
+    learned: Tensor
 
     @property
     def live(self) -> list[Component]:
@@ -223,6 +233,9 @@ class Run(Protocol):
 
     def end(self, why: str) -> None:
         """Training should end after this step."""
+
+    def join(self, parameters: Sequence[Tensor]) -> None:
+        """These tensors are trained from now on, and were not before."""
 
 
 class Extension:
@@ -259,6 +272,9 @@ class Extension:
     def on_freeze(self, components: Sequence[Component], values: Tensor) -> None:
         """These components have frozen, at these values of their statistic: (len(components),) float64."""
 
+    def on_join(self, components: Sequence[Component], parameters: Sequence[Tensor]) -> None:
+        """More is trained than before: these components are tracked from now on, and all these tensors are new."""
+
     def on_grad_pattern(self) -> None:
         """`requires_grad` has changed, from the next forward pass on."""
 
@@ -270,7 +286,7 @@ class Extension:
         return {}
 
     def load_tensors(self, tensors: Mapping[Tensor, Tensor]) -> None:
-        """Take back what `tensors` gave."""
+        """Take back what `tensors` gave; each has its parameter's shape."""
 
     def state_dict(self) -> dict[str, Any]:
         """All else that a checkpoint has to hold, as JSON types; empty where there is nothing."""

@@ -9,22 +9,27 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy, ref
 
 import torch
 from torch import Tensor, nn
 
-from . import state
+from . import joining, state
 from .assembly import assemble
-from .config import GradESConfig, is_count
-from .contracts import Check, Extension, Step
+from .config import GradESConfig, checked_scalar, checked_total_steps, make_config
+from .contracts import IDLE, Check, Step
+from .criteria import deciding_checks
 from .ending import HeldOut
-from .find.components import Component, kinds
+from .find.components import Component, kinds, release
+from .hooks import hook
+from .parallel.refusals import refuse_foreign
 from .record.savings import Savings
+from .statistics import make_statistic
 
 logger = logging.getLogger(__name__)
 
-_active: WeakKeyDictionary[nn.Module, GradES] = WeakKeyDictionary()
+# The engine of each model that has one; a hook on the model keeps it alive as long as the model lives.
+_active: WeakKeyDictionary[nn.Module, ref[GradES]] = WeakKeyDictionary()
 
 
 class GradES:
@@ -48,8 +53,8 @@ class GradES:
     the same, for a statistic of its change.
 
     Args:
-        model: The model that is trained; what is trainable now can be frozen.
-        config: The options.
+        model: The model that is trained; what is trainable now, or becomes so later, can be frozen.
+        config: The options, as a `GradESConfig` or a dict of its fields.
         total_steps: The planned number T of optimizer steps, 1 or more; the grace period is a part of it.
         optimizer: The optimizer (or accelerate's wrapper), whose state for frozen parameters is dropped; or a list of
             several.
@@ -62,6 +67,8 @@ class GradES:
     Attributes:
         components: All that is tracked, in the order of the model's modules.
         frozen: Component name -> the optimizer step (1-based) at which it froze, in the order of freezing.
+        joined: Names of the components that have become trainable in the course of the run.
+        took_part: Which components have ever had a gradient; only those count.
         history: Events and measured values.
         t: Optimizer steps seen.
         t_grace: ceil(alpha * T); components may freeze at steps after it.
@@ -76,21 +83,23 @@ class GradES:
     def __init__(
         self,
         model: nn.Module,
-        config: GradESConfig,
+        config: GradESConfig | Mapping[str, Any],
         *,
         total_steps: int,
         optimizer: Any = None,
         scaler: torch.amp.GradScaler | None = None,
         held_out: HeldOut | None = None,
     ) -> None:
-        if not is_count(total_steps):
-            raise ValueError(f"total_steps={total_steps!r} must be the planned number of optimizer steps, 1 or more.")
+        self.total_steps = checked_total_steps(total_steps)
+        refuse_foreign(model)
         GradES.release(model)
-        self.model, self.total_steps = model, int(total_steps)
+        self.model = model
         self.t = 0
         self.frozen: dict[str, int] = {}
+        self.joined: list[str] = []
+        self._absent: dict[str, Any] = {}  # what a checkpoint knows of components that have not joined yet
         self.ended: str | None = None
-        parts = assemble(model, config.resolved(), self.total_steps, optimizer, scaler, held_out)
+        parts = assemble(model, make_config(config).resolved(), self.total_steps, optimizer, scaler, held_out)
         self.config, self.t_grace, self.traits = parts.config, parts.t_grace, parts.traits
         self.components, self.statistics, self.criterion = parts.components, parts.statistics, parts.criterion
         self.optimizers, self.freezer, self.ranks, self.history = (
@@ -104,12 +113,15 @@ class GradES:
         self._open: Check | None = None  # a check that is not decided upon yet
         self._resumed = False
         self._remembers = True  # whether tensors of the last step in a checkpoint are of this statistic
+        self._told_idle = False
         with ExitStack() as undo:  # a refusal undoes what was attached before
             for extension in self.extensions:
                 extension.attach(self, undo)
+            undo.callback(hook(model, "state_dict_pre", self._nothing, keep=self))
             self._undo: ExitStack | None = undo.pop_all()
-        _active[model] = self
+        _active[model] = ref(self)
         logger.info(self.describe())
+        self._warn_if_nothing_can_happen()
 
     # --- Algorithm 1 -----------------------------------------------------------------------------------------------
 
@@ -124,11 +136,14 @@ class GradES:
 
         Raises:
             RuntimeError: the engine is closed, by `close()` or by another one for the same model; or the statistic
-                needs the loss, and there is none.
+                needs the loss, and there is none; or the model's parameters have been replaced; or it is a micro-batch
+                at which accelerate's optimizer makes no update.
+            ValueError: `loss` or `epoch` is no number, or the ranks have different options.
         """
         self._refuse_closed()
+        loss, epoch = checked_scalar("loss", loss), checked_scalar("epoch", epoch)
         self.t += 1
-        step = Step(self.t, loss, epoch)  # type: ignore[arg-type]
+        step = Step(self.t, None if loss is None else torch.as_tensor(loss), None if epoch is None else float(epoch))
         self._warn_after_resume()
         self.reassert()
         self._decide()  # upon a check that was left open (delay_transfer)
@@ -140,6 +155,7 @@ class GradES:
             if not self.config.delay_transfer:
                 self._decide()
         self._remember(step)
+        self._tell_idle()
         for extension in self.extensions:
             extension.on_step_end(step)
 
@@ -169,11 +185,11 @@ class GradES:
         if self.progress >= 1:
             self.end(f"the run ends at step {self.t} of {self.total_steps}: {self.conclude()}")
         logger.info(
-            "GradES step %d: froze %d (%s); %d of %d components are frozen.",
-            self.t, len(converged), kinds(converged), len(self.frozen), len(self.components),
+            "GradES step %d: froze %d (%s); %d of %s are frozen.",
+            self.t, len(converged), kinds(converged), len(self.frozen), self._all,
         )  # fmt: skip
         earliest = self.t_grace + self.config.check_every + int(self.config.delay_transfer)
-        if len(converged) == len(self.components) > 1 and self.t <= earliest:
+        if len(converged) == int(self.took_part.sum()) > 1 and self.t <= earliest:
             logger.warning(
                 "GradES: every component was below tau at the first check that could freeze it (step %d), so this run "
                 "ends like one that is simply stopped there. tau is probably too large for this model.",
@@ -204,6 +220,10 @@ class GradES:
         """Whether training should end after this step."""
         return self.ended is not None
 
+    def join(self, parameters: Sequence[Tensor]) -> None:
+        """Track what these tensors make up, which are trained from now on; see `grades_hf.joining`."""
+        joining.join(self, parameters)
+
     def end(self, why: str) -> None:
         """Training should end after this step; one line says so."""
         self.ended = why
@@ -224,8 +244,11 @@ class GradES:
         row: dict[str, float] = {"step": self.t, "frozen": len(self.frozen)}
         if loss is not None:
             row["loss"] = float(loss)
+        if self.ending is not None:
+            row["votes"] = self.ending.share
         if self.meter.measured:
             row["compute_saved"] = self.savings().fraction
+            self.history.shares = self.history.shares or self.meter.shares()
         self.extension("history").log(row)
 
     def flush(self) -> None:
@@ -239,7 +262,11 @@ class GradES:
             self.history.savings = dataclasses.asdict(self.savings())
 
     def close(self) -> None:
-        """End the run: `requires_grad` is as it was before (unless `keep_frozen`), everything kept is freed."""
+        """End the run: `requires_grad` is as it was before (unless `keep_frozen`), everything kept is freed.
+
+        The engine stays readable, and keeps neither model nor optimizer alive: `model` is a weak proxy, and the
+        components' `parameters` are there as long as the model is.
+        """
         if self._undo is None:
             return
         self.flush()
@@ -249,13 +276,18 @@ class GradES:
         if self.frozen and not self.config.keep_frozen:
             self.ranks.on_grad_pattern()
         undo.close()
-        if _active.get(self.model) is self:
+        if (active := _active.get(self.model)) is not None and active() is self:
             del _active[self.model]
+        release(self.components, self.model)
+        self.statistics = {name: make_statistic(name) for name in self.statistics}
+        self.optimizers = []
+        self.model = proxy(self.model)  # type: ignore[assignment]
 
     @staticmethod
     def release(model: nn.Module) -> None:
         """End whatever engine still holds `model` (its run was interrupted), so that it is trainable as before."""
-        engine = _active.get(model)
+        found = _active.get(model)
+        engine = None if found is None else found()
         if engine is not None:
             engine.close()
 
@@ -316,7 +348,8 @@ class GradES:
         taus = sorted({component.tau for component in self.components if component.tau is not None})
         rule = "looks at held-out rows decide when to end"
         if taus:
-            rule = f"tau {taus[0]:g}" if len(taus) == 1 else f"{len(taus)} values of tau from {taus[0]:g} to {taus[-1]:g}"
+            several = f"{len(taus)} values of tau from {taus[0]:g} to {taus[-1]:g}"
+            rule = f"tau {taus[0]:g}" if len(taus) == 1 else several
             rule += f"; freezing from step {self.t_grace + 1} of {self.total_steps} on"
         return (
             f"GradES tracks {len(self.components)} components ("
@@ -329,7 +362,7 @@ class GradES:
         """What came of it, in one line."""
         if self.ending is not None:
             return self.ending.conclude()
-        line = f"{len(self.frozen)} of {len(self.components)} components are frozen after step {self.t}"
+        line = f"{len(self.frozen)} of {self._all} are frozen after step {self.t}"
         if self.frozen:
             line += f", between steps {min(self.frozen.values())} and {max(self.frozen.values())}"
         live = {c.name: c.tau for c in self.live if c.tau is not None}
@@ -369,7 +402,6 @@ class GradES:
                 elif self.statistics[component.monitor].takes_part(parameter):
                     missing[place] = True
             missing[place] |= len(norms) == before
-        self._note_who_takes_part(live)
         values = torch.zeros(len(live), dtype=torch.float64, device=device)
         if norms:
             values.index_add_(0, torch.tensor(owners, device=device), _stack(norms, device))
@@ -379,18 +411,18 @@ class GradES:
             values /= torch.tensor([max(1, number) for number in elements], dtype=torch.float64, device=device)
         for extension in self.extensions:
             values = extension.correct(values, live, step)
+        if not self.took_part.all():
+            idle = [all(parameter.grad is None for parameter in component.parameters) for component in live]
+            if any(idle):
+                values = values.masked_fill(torch.tensor(idle, device=device) & ~(values.abs() > 0), IDLE)
         return values
-
-    def _note_who_takes_part(self, live: Sequence[Component]) -> None:
-        for component in live:
-            place = self._place[component.name]
-            if not self.took_part[place] and any(parameter.grad is not None for parameter in component.parameters):
-                self.took_part[place] = True
 
     def _valid(self, check: Check) -> tuple[list[Component], Tensor]:
         """The live components of a check and their values, in which a 0 that is no value is NaN; they are recorded."""
         places = torch.tensor([self._place[name] for name in check.names], dtype=torch.long)
         values = check.values().clone()
+        self.took_part[places] |= values != IDLE
+        values[values == IDLE] = math.nan
         zero = values == 0
         if zero.any():
             nothing = bool((zero | values.isnan()).all())
@@ -431,6 +463,7 @@ class GradES:
         self.frozen |= frozen
         for name, step in frozen.items():
             self.components[self._place[name]].frozen_at = step
+            self.took_part[self._place[name]] = True
         self._live = None
 
     def _settle(self) -> None:
@@ -440,6 +473,48 @@ class GradES:
         self.freezer.settle()
         for extension in self.extensions:
             extension.on_grad_pattern()
+
+    @property
+    def _all(self) -> str:
+        """How many components there are, in words: those that have never had a gradient do not count."""
+        idle = len(self.components) - int(self.took_part.sum())
+        if not idle or idle == len(self.components):
+            return f"{len(self.components)} components"
+        return f"{len(self.components) - idle} components that take part ({idle} have never had a gradient)"
+
+    def _tell_idle(self) -> None:
+        """Say once, when freezing may begin, which components have never had a gradient."""
+        if self._told_idle or self._open is not None or self.t < max(self.t_grace, self.total_steps / 10):
+            return
+        self._told_idle = True
+        if self.took_part.all():
+            return
+        idle = [c for c, took_part in zip(self.components, self.took_part.tolist(), strict=True) if not took_part]
+        if 0 < len(idle) < len(self.components) and self.ranks.rank == 0:
+            logger.warning(
+                "GradES: %d of %d components have had no gradient in %d steps, since no batch has involved them, and "
+                "do not count: %s (%s%s).",
+                len(idle), len(self.components), self.t, kinds(idle), ", ".join(c.name for c in idle[:3]),
+                ", ..." if len(idle) > 3 else "",
+            )  # fmt: skip
+
+    def _warn_if_nothing_can_happen(self) -> None:
+        """Say at the start where no check is left after the grace period that could freeze, or propose, anything."""
+        first = all(self.statistics[component.monitor].two_steps for component in self.components)
+        checks = deciding_checks(
+            self.total_steps, self.t_grace, self.config.check_every, first=not first, late=self.config.delay_transfer
+        )
+        if checks < self.config.patience:
+            what = "nothing can freeze" if self.ending is None else "no look can be proposed"
+            logger.warning(
+                "GradES: %s in this run: the first %d of %d steps are the grace period (alpha=%g), and after it "
+                "there are %d checks that can decide (check_every=%d, patience=%d).",
+                what, self.t_grace, self.total_steps, self.config.alpha, checks, self.config.check_every,
+                self.config.patience,
+            )  # fmt: skip
+
+    def _nothing(self, *_: Any) -> None:
+        """The hook that keeps this engine alive as long as its model."""
 
     def _warn_after_resume(self) -> None:
         """Say once that the first check after a resume has nothing to compare with, where that is so."""

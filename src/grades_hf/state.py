@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .contracts import Check
+from .contracts import Check, Statistic
+from .joining import set_aside
 from .record.history import History
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def save(engine: GradES, *, tensors: bool) -> dict[str, Any]:
     """The state of `engine`.
 
     Returns:
-        JSON types: `format`, `step`, `frozen` (what froze when, at which value), `learned` and `took_part` (names of
+        JSON types: `format`, `step`, `frozen` (what froze when, at which value), `joined` (names of the components that
+        became trainable in the course of the run), `learned` and `took_part` (names of
         the components that ever had a value other than 0, or a gradient), `criterion` (name -> the numbers that it
         keeps), `open` (a check that is not decided upon yet), `ended`, `config` and `total_steps` (what they were made
         with), `checksum` (of the history), `extensions` (name -> its state). With `tensors` also `history`, `previous`
@@ -50,6 +52,7 @@ def save(engine: GradES, *, tensors: bool) -> dict[str, Any]:
         "format": FORMAT,
         "step": engine.t,
         "frozen": [{"name": n, "step": step, "value": values.get(n)} for n, step in engine.frozen.items()],
+        "joined": list(engine.joined),
         "learned": [names[place] for place in engine.learned.nonzero().flatten().tolist()],
         "took_part": [names[place] for place in engine.took_part.nonzero().flatten().tolist()],
         "criterion": {names[place]: row for place, row in enumerate(engine.criterion.memory.tolist()) if any(row)},
@@ -62,7 +65,7 @@ def save(engine: GradES, *, tensors: bool) -> dict[str, Any]:
     }
     if tensors:
         parameters = {parameter: name for name, parameter in engine.model.named_parameters()}
-        state["history"] = engine.history.to_dict()
+        state["history"] = engine.history.state_dict()
         state["previous"] = {
             component.name: [engine.statistics[component.monitor].previous.get(p) for p in component.measured]
             for component in engine.live
@@ -88,15 +91,22 @@ class _Checked:
     ended: str | None
     extensions: list[tuple[Any, Any]]
     history: History | None
-    previous: dict[str, list[Tensor | None]]
+    previous: list[tuple[Statistic, Tensor, Tensor]]
     tensors: dict[str, dict[str, Tensor]] | None
 
 
 def load(engine: GradES, saved: Mapping[str, Any]) -> None:
     """Take over `saved`; see `GradES.load_state_dict`."""
     state = _modern(saved)
-    changed = _changed_options(engine, state)
-    checked = _check(engine, state, changed)
+    try:
+        changed = _changed_options(engine, state)
+        state, absent = _without_absent(engine, state)
+        checked = _check(engine, state, changed)
+    except _MALFORMED as error:
+        if type(error) is ValueError:
+            raise
+        raise ValueError(f"this is no state of GradES: {str(error)[:200]!r} is missing or malformed.") from error
+    engine._absent = absent
     if changed:
         logger.warning(
             "GradES: the checkpoint was made with other options (%s). The new ones hold from here on: what is frozen "
@@ -105,6 +115,15 @@ def load(engine: GradES, saved: Mapping[str, Any]) -> None:
             max(engine.t_grace, checked.step) + 1,
         )
     _take_over(engine, checked, changed)
+
+
+def _without_absent(engine: GradES, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """A state without the components that have not joined this session yet, and what it says of those."""
+    try:
+        absent = {str(name) for name in state.get("joined", ())} - {c.name for c in engine.components}
+        return set_aside(state, absent) if absent else (state, {})
+    except _MALFORMED as error:
+        raise ValueError(f"this is no state of GradES: {error!r} is missing or malformed.") from error
 
 
 def _check(engine: GradES, state: Mapping[str, Any], changed: Mapping[str, Any]) -> _Checked:
@@ -148,28 +167,42 @@ def _check(engine: GradES, state: Mapping[str, Any], changed: Mapping[str, Any])
                 f"the checkpoint measured {len(found)} tensors of {name}, the model has "
                 f"{len(by_name[name].measured)}: resume with the same adapter that it was made with."
             )
-    pairs = []
+    known = dict(engine.model.named_parameters())
+    kept: list[tuple[Statistic, Tensor, Tensor]] = []
+    try:
+        for name, found in previous.items() if not changed.keys() & {*SCALE} else ():
+            statistic = engine.statistics[by_name[name].monitor]
+            pairs = zip(by_name[name].measured, found, strict=True)
+            kept += [(statistic, p, statistic.fitting(p, tensor)) for p, tensor in pairs if tensor is not None]
+        for name, tensors_of in (tensors or {}).items():
+            for key, tensor in tensors_of.items():
+                if key in known and tensor.shape != known[key].shape:
+                    raise ValueError(
+                        f"the checkpoint's {name} of {key} has the shape {tuple(tensor.shape)}, and the model's is "
+                        f"{tuple(known[key].shape)}: resume with the same model that it was made with."
+                    )
+    except _MALFORMED as error:
+        raise ValueError(f"a tensor in this state of GradES does not fit: {_said(error)}") from error
+    checked = []
     for extension in engine.extensions:
         if extension.name in extensions:
             try:
-                pairs.append((extension, extension.check(extensions[extension.name])))
+                checked.append((extension, extension.check(extensions[extension.name])))
             except _MALFORMED as error:
-                if type(error) is ValueError:
-                    raise
                 raise ValueError(
-                    f"this is no state of GradES: of its part {extension.name!r}, {error!r} is missing or malformed."
+                    f"the part {extension.name!r} of this state of GradES cannot be used: {_said(error)}"
                 ) from error
     history = None
     if "history" in state:
         try:
             history = History.from_dict(state["history"])
-        except ValueError:
+        except _MALFORMED as error:
             if not changed:
-                raise
+                raise ValueError(f"the history in this state of GradES cannot be read: {error}") from error
     if changed.keys() & {*SCALE}:
         opened = None
     return _Checked(
-        step, frozen, learned, took_part, criterion, opened, ended, pairs, history, previous, tensors
+        step, frozen, learned, took_part, criterion, opened, ended, checked, history, kept, tensors
     )  # fmt: skip
 
 
@@ -197,16 +230,13 @@ def _take_over(engine: GradES, checked: _Checked, changed: Mapping[str, Any]) ->
     if checked.history is not None:
         try:
             adopt_history(engine, checked.history)
-        except ValueError as error:
+        except _MALFORMED as error:
             logger.warning("GradES: earlier values are lost from the history: %s", error)
     engine._remembers = not changed.keys() & {*SCALE}
     if not engine._remembers:
         return
-    for name, tensors in checked.previous.items():
-        component = by_name[name]
-        for parameter, tensor in zip(component.measured, tensors, strict=True):
-            if tensor is not None:
-                engine.statistics[component.monitor].restore(parameter, tensor)
+    for statistic, parameter, tensor in checked.previous:
+        statistic.previous[parameter] = tensor
     parameters = dict(engine.model.named_parameters())
     for extension in engine.extensions if checked.tensors is not None else ():
         found = checked.tensors.get(extension.name, {})
@@ -267,23 +297,26 @@ def _modern(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if not isinstance(saved, Mapping):
         raise ValueError(f"this is no state of GradES, but a {type(saved).__name__}.")
-    if saved.get("format") == FORMAT:
+    if type(saved.get("format")) is int and saved["format"] == FORMAT:
         return saved
     if "format" in saved:
         raise ValueError(
             f"the state of GradES has format {saved['format']!r}, and this version reads up to {FORMAT}. Resume with "
             "the version of grades-hf that wrote it, or a later one."
         )
+    config = saved.get("config") or {}
+    if not isinstance(config, Mapping):
+        raise ValueError(f"this is no state of GradES: its options are a {type(config).__name__}.")
+    config = dict(config)
+    deleted = [name for name in ("budget", "thaw") if config.get(name) is not None]
+    if config.get("criterion", "threshold") not in ("auto", "threshold", "rise"):
+        deleted.append("criterion")
+    if deleted:
+        raise ValueError(
+            f"the checkpoint was made with {deleted[0]}={config[deleted[0]]!r}, which is gone since grades-hf 0.2.0. "
+            "Finish this run with grades-hf 0.1.0."
+        )
     try:
-        config = dict(saved.get("config") or {})
-        deleted = [name for name in ("budget", "thaw") if config.get(name) is not None]
-        if config.get("criterion", "threshold") not in ("auto", "threshold", "rise"):
-            deleted.append("criterion")
-        if deleted:
-            raise ValueError(
-                f"the checkpoint was made with {deleted[0]}={config[deleted[0]]!r}, which is gone since grades-hf 0.2.0. "
-                "Finish this run with grades-hf 0.1.0."
-            )
         events = [dict(event) for event in saved["events"]]
         tau_free = config.get("criterion") == "rise"
         for name in ("max_frozen_fraction", "alpha", "rise") if tau_free else ("rise",):
@@ -312,6 +345,9 @@ def _modern(saved: Mapping[str, Any]) -> Mapping[str, Any]:
             "extensions": extensions,
         }
     except _MALFORMED as error:
-        if type(error) is ValueError:
-            raise
         raise ValueError(f"this is no state of GradES: {error!r} is missing or malformed.") from error
+
+
+def _said(error: BaseException) -> str:
+    """What an error says; its type, too, where it is not written for people."""
+    return str(error) if type(error) is ValueError else f"{error!r} is missing or malformed."

@@ -106,27 +106,29 @@ def test_max_frozen_fraction_ends_training(tmp_path):
     assert callback.engine.frozen_fraction >= 0.5
 
 
+class Counting(Trainer):
+    """Notes the steps at which it evaluates."""
+
+    def evaluate(self, *args, **kwargs):
+        self.evaluated = [*getattr(self, "evaluated", []), self.state.global_step]
+        return super().evaluate(*args, **kwargs)
+
+
 @pytest.mark.compatibility("Trainer", "eval_strategy and eval_on_start, with skip_validation True and False", "works")
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_skip_validation_runs_no_evaluation_and_warns_once(strategy, tmp_path, caplog):
-    evaluated = []
+def test_evaluations_that_nothing_needs_are_left_out_and_one_line_says_so(strategy, tmp_path, caplog):
+    def train(**grades):
+        caplog.clear()
+        options = {"eval_strategy": strategy, "eval_on_start": True, "extra": {"eval_dataset": tokens(8)}}
+        if strategy == "steps":
+            options["eval_steps"] = 3
+        trainer = small.trainer(llama(), tmp_path, [GradESCallback(tau=1e-30, **grades)], cls=Counting, **options)
+        trainer.train()
+        assert trainer.args.eval_on_start
+        return getattr(trainer, "evaluated", []), sum("are left out" in r.getMessage() for r in caplog.records)
 
-    class Watch(TrainerCallback):
-        def on_evaluate(self, args, state, control, **kwargs):
-            evaluated.append(state.global_step)
-
-    options = {"eval_strategy": strategy, "eval_on_start": True, "extra": {"eval_dataset": tokens(8)}}
-    if strategy == "steps":
-        options["eval_steps"] = 3
-    small.trainer(llama(), tmp_path, [GradESCallback(tau=1e-30), Watch()], **options).train()
-    assert evaluated == []
-    assert sum("evaluations are scheduled" in r.getMessage() for r in caplog.records) == 1
-    caplog.clear()
-    trainer = small.trainer(llama(), tmp_path, [GradESCallback(tau=1e-30, skip_validation=False), Watch()], **options)
-    trainer.train()
-    assert evaluated == ([0, 3, 6, 9, 12] if strategy == "steps" else [0, 12])
-    assert trainer.args.eval_on_start
-    assert not caplog.records
+    assert train() == train(skip_validation=True) == ([], 1)
+    assert train(skip_validation=False) == ([0, 3, 6, 9, 12] if strategy == "steps" else [0, 12], 0)
 
 
 @pytest.mark.compatibility(
@@ -142,29 +144,51 @@ def test_skip_validation_runs_no_evaluation_and_warns_once(strategy, tmp_path, c
         ({"metric_for_best_model": "loss"}, [EarlyStoppingCallback()], "EarlyStoppingCallback"),
     ],
 )
-def test_what_needs_evaluations_is_refused_with_the_remedy_and_works_without_skipping(
-    options, callbacks, needs, tmp_path
+def test_what_needs_evaluations_gets_them_and_is_refused_where_they_are_to_be_left_out(
+    options, callbacks, needs, tmp_path, caplog
 ):
     options = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, **options}
     extra = {"eval_dataset": tokens(8)}
+
+    def make(callback, folder):
+        trainer = small.trainer(llama(), tmp_path / folder, [*callbacks, callback], extra=extra, **options)
+        if callbacks:
+            trainer.args.load_best_model_at_end = False
+        return trainer
+
     with pytest.raises(ValueError, match=needs) as error:
-        small.trainer(llama(), tmp_path / "no", [*callbacks, GradESCallback(tau=1.0)], extra=extra, **options)
-    assert "skip_validation=False" in str(error.value)
+        make(GradESCallback(tau=1.0, skip_validation=True), "no").train()
+    assert "skip_validation" in str(error.value)
     assert not (tmp_path / "no" / "grades_history.json").exists()
 
-    late = small.trainer(llama(), tmp_path / "late", list(callbacks), extra=extra, **options)
-    late.add_callback(GradESCallback(tau=1.0))
-    with pytest.raises(ValueError, match=needs):
-        late.train()
-    assert late.state.global_step == 0
-
-    callback = GradESCallback(tau=1e9, alpha=0.5, target_modules=["q_proj"], skip_validation=False)
-    fine = small.trainer(llama(), tmp_path / "yes", [*callbacks, callback], extra=extra, **options)
-    if any(isinstance(c, EarlyStoppingCallback) for c in callbacks):
-        fine.args.load_best_model_at_end = False
+    callback = GradESCallback(tau=1e9, alpha=0.5, target_modules=["q_proj"])
+    fine = make(callback, "yes")
     fine.train()
     assert len(callback.engine.frozen) == 2
     assert any("eval_loss" in log for log in fine.state.log_history)
+    assert sum("run as usual" in r.getMessage() and needs in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.compatibility("Trainer", "GradESCallback() without options", "works")
+def test_a_run_that_overfits_ends_and_returns_the_average(tmp_path):
+    """Four rows again and again: held-out rows get worse and worse."""
+
+    def train(callbacks):
+        options = {"max_steps": 150, "learning_rate": 2e-2, "lr_scheduler_type": "constant", "logging_steps": 150}
+        extra = {"eval_dataset": tokens(16, seed=9)}
+        trainer = small.trainer(llama(), tmp_path, callbacks, extra=extra, **options)
+        trainer.train_dataset = trainer.train_dataset.select(range(4))
+        trainer.train()
+        return trainer, trainer.evaluate()["eval_loss"]
+
+    callback = GradESCallback()
+    ended, loss = train([callback])
+    _, whole = train([])
+    assert callback.engine.history.ended == "converged"
+    assert ended.state.global_step == callback.engine.ending.looks[-1]["step"] < 150
+    assert loss < whole
+    assert callback.engine.frozen == {}
+    assert all(p.requires_grad for c in callback.engine.components for p in c.parameters)
 
 
 def test_logs_carry_frozen_fraction_and_quartiles(make_model, tmp_path):
@@ -217,8 +241,7 @@ def test_history_has_a_row_per_log_and_how_the_run_ended(make_model, tmp_path):
     all_at_once = GradESCallback(tau=1e9, alpha=0.5)
     small.trainer(make_model(), tmp_path, [all_at_once]).train()
     history = History.load(tmp_path)
-    assert (history.ended, history.savings, len(history.logs)) == ("converged", None, 7)
-    assert not any("compute_saved" in row for row in history.logs)
+    assert (history.ended, history.savings["used"], len(history.logs)) == ("converged", history.savings["full"], 7)
 
 
 class _Stop(TrainerCallback):
@@ -255,7 +278,7 @@ def test_info_lines(tmp_path, caplog):
     small.trainer(llama(), tmp_path, [callback]).train()
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("grades_hf")]
     assert lines[0].startswith("GradES tracks 14 components (8 attention, 6 mlp) with 3,840 parameters; ")
-    assert "monitor gradient_change (sum)" in lines[0]
+    assert "statistic gradient_change (sum)" in lines[0]
     assert "freezing from step 7 of 12 on" in lines[0]
     freezing_steps = sorted(set(callback.engine.frozen.values()))
     assert len(lines) == 1 + len(freezing_steps) + 1
@@ -282,7 +305,7 @@ def test_history_file(make_model, tmp_path):
     small.trainer(make_model(), tmp_path, [callback]).train()
     history = History.load(tmp_path)
     assert history.to_dict() == callback.engine.history.to_dict()
-    assert history.config == callback.config.resolved(12).to_dict()
+    assert history.config == callback.config.resolved().to_dict()
     assert [event["step"] for event in history.events] == [7, 7]
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
@@ -372,8 +395,8 @@ def test_ways_to_give_the_options():
     assert GradESCallback(config, patience=3).config == GradESConfig(tau=0.5, alpha=0.2, patience=3)
     assert GradESCallback().config == GradESConfig()
     assert GradESCallback(GradESConfig(check_every=2), tau=0.5).config == GradESConfig(tau=0.5, check_every=2)
-    with pytest.raises(ValueError, match="tau is missing"):
-        GradESCallback(criterion="threshold")
+    with pytest.raises(ValueError, match=r"monitor='gradient_change' needs a tau"):
+        GradESCallback(monitor="gradient_change")
     with pytest.raises(ValueError, match=r"tau=0\.5"):
         GradESCallback(0.5)
 
@@ -529,9 +552,7 @@ def test_resume_with_restored_callbacks_keeps_the_users_handle(tmp_path):
     callback = GradESCallback(tau=1.0)
     trainer = small.trainer(llama(), tmp_path, [callback], **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    assert callback.engine.config == config.resolved(
-        12
-    )  # what "restore the callback" means: the checkpoint's options hold
+    assert callback.engine.config == config.resolved()  # the checkpoint's options hold
     assert set(callback.engine.frozen.values()) == {7}
     assert callback.engine.t == 12
 

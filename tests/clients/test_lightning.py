@@ -13,8 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from grades_hf import GradES, GradESConfig
-from grades_hf import GradESLightningCallback
+from grades_hf import GradES, GradESConfig, GradESLightningCallback
 from tests import small
 from tests.clients.checks import same_weights
 from tests.small import llama
@@ -130,7 +129,8 @@ def test_without_a_tau_the_loss_is_lightnings(tmp_path: Path) -> None:
         def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
             losses.append(loss.item())
 
-    by_loss, norms = GradESLightningCallback(smoothing=0.9), GradESLightningCallback(monitor="gradient_norm")
+    rows = {"held_out": lambda module: torch.ones(2)}  # every look says to go on
+    by_loss, norms = GradESLightningCallback(**rows), GradESLightningCallback(monitor="gradient_norm", **rows)
     fit(tmp_path, by_loss, Watch(), gradient_clip_val=None)
     fit(tmp_path, norms, gradient_clip_val=None)
     steps = [sum(losses[2 * i : 2 * i + 2]) for i in range(STEPS)]
@@ -139,6 +139,11 @@ def test_without_a_tau_the_loss_is_lightnings(tmp_path: Path) -> None:
     for name, series in norms.engine.history.values.items():
         expected = [norm / loss for norm, loss in zip(series, steps, strict=True)]
         assert list(by_loss.engine.history.values[name]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_tau_it_needs_held_out_rows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"held-out rows, and has none\. Pass held_out="):
+        fit(tmp_path, GradESLightningCallback())
 
 
 def test_training_ends_when_all_is_frozen(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def train(
         if step + 1 in resume_after:
             assert engine is not None
             held = engine.state_dict()
-            tensors = {key: held.pop(key) for key in ("previous", "tensors")}
+            tensors = {key: held.pop(key) for key in ("history", "previous", "tensors")}
             file = io.BytesIO()
             torch.save((model.state_dict(), optimizer.state_dict(), tensors, torch.get_rng_state()), file)
             text = json.dumps(held, sort_keys=True)

@@ -11,8 +11,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers import MambaConfig, MambaForCausalLM
 
 from grades_hf import GradES, GradESConfig, find_components
-from grades_hf.find.components import survey
 from grades_hf.criteria import assign_thresholds
+from grades_hf.find.components import survey
 from tests.architectures import TABLE, GPTBlock, SmallGPT
 from tests.small import llama, lora
 

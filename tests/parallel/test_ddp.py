@@ -17,8 +17,8 @@ from torch import nn
 from grades_hf import GradES, GradESCallback, GradESConfig
 from grades_hf.parallel.ranks import rebuild_reducer
 from tests import small
+from tests.adapters.test_resume import last_complete_checkpoint
 from tests.ddp_worker import Case, plain_loop
-from tests.test_resume import last_complete_checkpoint
 
 pytestmark = pytest.mark.slow
 

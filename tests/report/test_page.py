@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from grades_hf import History, cli
+from grades_hf import History
 from grades_hf.report import page
+from grades_hf.report.runs import load_runs
+from grades_hf.tools import cli
 
-from .histories import PROJECTIONS, history
+from .histories import PROJECTIONS, changed, history, look, looked
 
 STRANGE = "<script>alert('x')</script>\"]+alert(1)+[\"{{data}}</script>"
 CELLS = '[aria-roledescription="rect mark"]'
@@ -36,7 +38,10 @@ def logged(run: History, **more: Any) -> History:
         {"step": step, "seconds": step * 0.5, "frozen": 0, "loss": 3 - step / 20, "compute_saved": 0.1}
         for step in range(5, 21, 5)
     ]
-    run.savings = {"steps": 20, "full": 200.0, "used": 180.0, "planned": 240.0}
+    run.savings = {
+        "steps": 20, "full": 200.0, "used": 180.0, "weight_gradient": 20.0, "input_gradient": 0.0, "adapter": 0.0,
+        "planned": 240.0,
+    }  # fmt: skip
     for name, value in more.items():
         setattr(run, name, value)
     return run
@@ -59,7 +64,7 @@ def results(loss: float, used: float = 6.0) -> dict[str, Any]:
 
 
 def report(*folders: Path) -> str:
-    return page.to_html(page.load_runs(folders))
+    return page.to_html(load_runs(folders))
 
 
 # --- what it says ------------------------------------------------------------------------------------------------
@@ -69,11 +74,11 @@ def test_the_figures_of_a_run_are_those_that_were_recorded(tmp_path: Path) -> No
     run = history(layers=2, projections=("q", "up"), frozen=0.0)
     run.events = [{"step": s, "name": f"None.{s % 2}.q.0", "value": 0.1234567, "tau": 1.0} for s in (13, 16)]
     text = report(folder(tmp_path / "run", logged(run, ended="stopped")))
-    assert "2 of 4<small>between steps 13 and 16, 50% of their parameters" in text
+    assert "2 of 4<small>between steps 13 and 16" in text
     assert "25.0%<small>of the planned FLOPs, counted" in text  # 180 of 240
     assert "10 s<small>wall clock" in text
     assert "still going on" not in text
-    row = re.search(r'<tr><th scope="row" class="">None.1.q.0</th>(.*?)</tr>', text)
+    row = re.search(r'<tr><th scope="row">None.1.q.0</th>(.*?)</tr>', text)
     assert row is not None
     assert re.findall(r">([^<]*)</td>", row[1]) == ["attention", "1", "10", "step 13", "0.1235", "1"]
 
@@ -93,46 +98,77 @@ def test_what_an_older_history_lacks_is_said_and_not_made_up(tmp_path: Path) -> 
 
 def test_the_model_is_named_where_a_file_names_it(tmp_path: Path) -> None:
     run = folder(tmp_path / "run", history())
-    assert page.load_runs([run])[0].model is None
+    assert load_runs([run])[0].model is None
     (run / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}', encoding="utf-8")
     assert "<strong>some/model</strong>" in report(run)
 
 
-def test_criteria_without_a_threshold_have_a_page_too(tmp_path: Path) -> None:
-    run = history(frozen=0.3)
-    run.config["criterion"] = "rise"
-    for item in [*run.components, *run.events]:
-        item["tau"] = None
-    assert "criterion" in report(folder(tmp_path / "run", run))
+def test_the_page_of_a_run_without_a_tau_explains_its_end(tmp_path: Path) -> None:
+    text = report(folder(tmp_path / "run", looked()))
+    assert "Ended by a look at step 20 of 40" in text
+    assert "<dt>looks at held-out rows</dt><dd>2<small>the last one ended the run" in text
+    assert "<dt>held-out loss</dt><dd>2.4000<small>at the last look; 2.6000 without averaging" in text
+    assert re.findall(r">([^<]*)</td>", text.split('<th scope="row">12</th>')[1].split("</tr>")[0])[-1] == "go on"
+    names = re.findall(r'<figure class="(\w+)"', text)
+    assert names == ["votes", "looks", "statistic", "loss", "step_time"], "and no map of what froze"
+    going = report(folder(tmp_path / "going", looked(None)))
+    assert "<dd>0<small>none so far" in going
+    assert "When each matrix froze" not in going
 
 
-def test_runs_with_results_are_compared_by_quality(tmp_path: Path) -> None:
-    cells = [("none", 1, 3.0, 10.0), ("none", 2, 3.2, 10.0), ("grades", 1, 3.1, 6.0), ("grades", 2, 3.1, 6.0)]
-    for arm, seed, loss, used in cells:
+def test_the_error_of_a_look_at_one_row_is_left_out(tmp_path: Path) -> None:
+    run = looked()
+    run.looks = [look(12, 2.5, 2.4, False, error=float("inf"))]
+    from grades_hf.report.runs import Run
+
+    assert "-0.1000<" in page.to_html([Run(tmp_path, "run", run, {})])
+
+
+def test_a_grid_of_runs_is_a_page(tmp_path: Path) -> None:
+    for arm, seed, loss in (("none", 1, 3.0), ("none", 2, 3.2), ("grades", 1, 3.1), ("grades", 2, 3.1)):
         run = history() if arm == "grades" else None
-        folder(tmp_path / "grid" / "boolq" / arm / f"seed-{seed}", run, results(loss, used))
+        folder(tmp_path / "grid" / "boolq" / arm / f"seed-{seed}", run, results(loss))
     folder(tmp_path / "grid" / "boolq" / "none" / "seed-3", None, {"evaluation": {}})  # has not ended
-    runs = page.load_runs([tmp_path / "grid"])
+    runs = load_runs([tmp_path / "grid"])
     assert [run.label for run in runs] == ["grades/seed-1", "grades/seed-2", "none/seed-1", "none/seed-2"]
     text = page.to_html(runs)
-    assert "3.1000 ± 0.0000" in text  # grades
-    assert "3.1000 ± 0.1000" in text  # none
-    assert text.count("data-chart=") == 1 + 2 * 3  # the comparison, and of two runs map, statistic, frozen
+    assert "3.2000 loss" in text
     assert "no GradES" in text
-    found = page.write_plots(runs, tmp_path / "plots", "svg")
-    assert "comparison.svg" in {file.name for file in found}
+
+
+def trainer_state(at: Path, steps: int = 30, name: str = "trainer_state.json") -> Path:
+    at.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = [{"step": t, "loss": 3 - t / 30} for t in range(10, steps + 1, 10)]
+    rows += [{"step": steps, "eval_loss": 2.5}, {"step": steps, "train_runtime": 12.0}, {"loss": 1.0}, "no row"]
+    (at / name).parent.mkdir(exist_ok=True)
+    state = {"log_history": rows, "max_steps": 40, "global_step": steps}
+    (at / name).write_text(json.dumps(state), encoding="utf-8")
+    return at
+
+
+def test_losses_of_runs_of_any_trainer_are_overlaid(tmp_path: Path) -> None:
+    plain = trainer_state(tmp_path / "plain")
+    trainer_state(tmp_path / "plain", 20, "checkpoint-20/trainer_state.json")  # an older one
+    ours = trainer_state(folder(tmp_path / "ours", looked()), 20)
+    runs = load_runs([ours, plain])
+    assert runs[1].losses == [(10, pytest.approx(2.667, abs=1e-3)), (20, pytest.approx(2.333, abs=1e-3)), (30, 2.0)]
+    assert (runs[1].steps, runs[1].held_out, runs[1].seconds) == ((30, 40), [(30, 2.5)], 12.0)
+    text = page.to_html(runs)
+    assert re.findall(r'<figure class="(\w+)"', text)[:2] == ["held_out", "losses"]
+    assert re.search(r">plain</th>.*?30 of 40<.*?no GradES<.*?2.0000<.*?2.5000<.*?12 s<", text)
+    names = {file.name for file in page.write_plots(runs, tmp_path / "plots", "svg")}
+    assert {"losses.svg", "held_out.svg", "ours-votes.svg"} <= names
+    with pytest.raises(ValueError, match="holds no record of GradES"):
+        load_runs([plain])
 
 
 def test_runs_without_results_are_compared_by_what_there_is(tmp_path: Path) -> None:
     a = folder(tmp_path / "a", logged(history(), ended="stopped"))
     b = folder(tmp_path / "b", history())
     text = report(a, b)
-    assert "needs the results.json of recipes/finetune.py; no run has it" in text
     assert re.search(r">a</th>.*?20 of 24<.*?25.0%<.*?2.0000<.*?10 s<", text)
     assert re.search(r">b</th>.*?20 of 24, not ended<.*?not counted<.*?not recorded<.*?not recorded<", text)
-    c = folder(tmp_path / "c", history(), results(3.0))
-    d = folder(tmp_path / "d", history(), results(3.1, 5.0))
-    assert "Without it: a." in report(a, c, d)
+    assert "held-out loss" not in text, "no run has any"
 
 
 @pytest.mark.parametrize("ending", ["svg", "png", "pdf"])
@@ -150,9 +186,9 @@ def test_the_command_writes_page_and_plots(ending: str, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.mkdir(), "holds no grades_history.json"),
-        (lambda path: None, "holds no grades_history.json"),
-        (lambda path: folder(path, None, results(1.0)), "holds no grades_history.json"),
+        (lambda path: path.mkdir(), "holds no record of GradES"),
+        (lambda path: None, "holds no record of GradES"),
+        (lambda path: folder(path, None, results(1.0)), "holds no record of GradES"),
         (lambda path: (path.mkdir(), (path / "grades_history.json").write_text("{")), "is damaged"),
         (lambda path: (folder(path, history()), (path / "results.json").write_text("{")), "is damaged"),
     ],
@@ -173,7 +209,7 @@ def test_bad_input_ends_the_command(
 def test_a_run_is_named_once_and_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     run = folder(tmp_path / "run", history())
     with pytest.raises(ValueError, match="names a run twice"):
-        page.load_runs([run, run])
+        load_runs([run, run])
     with pytest.raises(SystemExit):
         cli.main(["report", str(run), "-o", str(tmp_path / "nowhere" / "page.html")])
 
@@ -223,7 +259,6 @@ def big(tmp_path: Path) -> Path:
         {"layers": 30, "frozen": 0.8},
         {"layers": 2, "experts": 12},
         {"layers": 3, "towers": ("vision", "language"), "outside": True},
-        {"layers": 1, "frozen": 0.0},
         {"layers": 80, "frozen": 1.0},
         {"projections": (*PROJECTIONS, *(f"kind_{number}" for number in range(23)))},
     ],
@@ -293,7 +328,8 @@ def test_the_dark_scheme_is_followed_while_the_page_is_open(show: Any, tmp_path:
 
 def test_a_phone_needs_no_sideways_scrolling(show: Any, tmp_path: Path) -> None:
     folders = [big(tmp_path), folder(tmp_path / ("long-name-" * 12), history(towers=("vision", "language")))]
-    for shown in (folders[:1], folders[1:], folders):
+    folders.append(folder(tmp_path / "looked", looked()))
+    for shown in (folders[:1], folders[1:2], folders[2:], folders):
         window = show(shown, viewport={"width": 390, "height": 844})
         window.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true })")
         drawn(window)
@@ -317,9 +353,11 @@ def test_the_buttons_save_files(show: Any, tmp_path: Path) -> None:
 
 
 def test_several_runs_are_a_table_a_plot_and_a_section_each(show: Any, tmp_path: Path) -> None:
-    folders = [folder(tmp_path / name, history(), results(3.0, used)) for name, used in (("a", 5.0), ("b", 6.0))]
+    folders = [
+        folder(tmp_path / name, logged(history()), results(3.0, used)) for name, used in (("a", 5.0), ("b", 6.0))
+    ]
     window = show(folders)
-    assert window.locator("figure.comparison .mark-symbol.role-mark path").count() == 2
+    assert window.locator("figure.losses .mark-line.role-mark path").count() == 2
     assert window.locator("figure.freezing_map svg").count() == 0
     window.locator("details.run > summary").first.click()
     drawn(window)
@@ -328,11 +366,14 @@ def test_several_runs_are_a_table_a_plot_and_a_section_each(show: Any, tmp_path:
 
 def test_strange_names_do_no_harm(show: Any, tmp_path: Path) -> None:
     run = history(layers=1, projections=("q",), frozen=1.0)
-    (component,) = run.components
-    run.values = {STRANGE: run.values[component["name"]]}
-    run.events[0]["name"] = STRANGE
-    component |= {"name": STRANGE, "group": STRANGE, "projection": STRANGE}
-    run.config["tau"] = {STRANGE: 1.0}
+    (component,), (event,) = run.components, run.events
+    run = changed(
+        run,
+        components=[{**component, "name": STRANGE, "group": STRANGE, "projection": STRANGE}],
+        values={STRANGE: run.values[component["name"]]},
+        events=[{**event, "name": STRANGE}],
+        config={"tau": {STRANGE: 1.0}},
+    )
     at = folder(tmp_path / "<b>&'\"", run, {**results(1.0), "sources": {"model": STRANGE}})
     other = folder(tmp_path / "other", history(), {**results(1.0), "sources": {"model": "m"}})
     for folders in ([at], [at, other]):

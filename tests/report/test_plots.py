@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,13 @@ from typing import Any
 import pytest
 
 from grades_hf import History
-from grades_hf.report import plot_freezing_map, plot_run, plot_statistic
-from grades_hf.report.plots import MOST_POINTS, OKABE_ITO, all_plots, plot_progress, save_chart, theme, thin
+from grades_hf.report import plot_freezing_map, plot_looks, plot_losses, plot_run, plot_statistic, plot_votes
+from grades_hf.report.charts import MOST_POINTS, OKABE_ITO, averaged, save_chart, theme, thin
+from grades_hf.report.curves import plot_progress
+from grades_hf.report.freezing_map import MOST_CELLS
+from grades_hf.report.plots import all_plots
 
-from .histories import PROJECTIONS, history
+from .histories import PROJECTIONS, changed, history, look, looked
 
 SHAPES: dict[str, dict[str, Any]] = {
     "one layer, nothing frozen": {"layers": 1, "projections": PROJECTIONS[:4], "frozen": 0.0},
@@ -33,14 +38,9 @@ def layers(chart: Any, mark: str, style: str | None = None) -> list[dict[str, An
     found = []
     for layer in spec["layer"]:
         if layer["mark"]["type"] == mark and layer["mark"].get("style") == style:
-            found.append(
-                {
-                    **layer,
-                    "rows": spec["datasets"][layer["data"]["name"]]
-                    if "name" in layer["data"]
-                    else layer["data"]["values"],
-                }
-            )
+            data = layer.get("data") or spec["data"]
+            rows = spec["datasets"][data["name"]] if "name" in data else data["values"]
+            found.append({**layer, "rows": rows})
     return found
 
 
@@ -70,13 +70,12 @@ def test_a_run_that_was_not_begun_draws_too(tmp_path: Path) -> None:
     run.truncate(0)
     assert "no values were measured" in json.dumps(plot_statistic(run).to_dict())
     plot_run(run, tmp_path / "run.png")
-    assert list(all_plots(run)) == ["freezing_map", "statistic", "frozen"]
+    assert list(all_plots(run)) == ["statistic"]
 
 
 def test_medians_and_quartiles() -> None:
     run = history(layers=4, projections=("q",), frozen=0.0, steps=4)
-    for layer in range(4):
-        run.values[f"None.{layer}.q.0"][1] = layer + 1.0
+    run = changed(run, values={f"None.{layer}.q.0": [math.nan, layer + 1.0, 1.0, 1.0] for layer in range(4)})
     (line,) = layers(plot_statistic(run), "line")
     assert [row["step"] for row in line["rows"]] == [2, 3, 4]  # no value at the first check
     assert {key: line["rows"][0][key] for key in ("low", "median", "high", "count")} == {
@@ -90,6 +89,8 @@ def test_thresholds_are_drawn() -> None:
 
     assert levels(history(tau=(1.0, 2.0))) == {1.0, 2.0}
     assert levels(history(tau=(0.5, 0.5))) == {0.5}
+    (texts,) = layers(plot_statistic(history(tau=(1.0, 1.02))), "text", "note")[1:2]
+    assert [row["text"] for row in texts["rows"]] == ["τ 1 to 1.02"], "near ones stand together"
     assert levels(history(tau=(1e-300, 1e-300))) == set()  # would leave no room for the values
     run = history()
     for component in run.components:
@@ -167,9 +168,75 @@ def test_long_runs_are_thinned_to_every_kth_check() -> None:
     assert list(thin(range(2 * MOST_POINTS + 1)))[:2] == [0, 3]
     assert list(thin(range(2 * MOST_POINTS)))[-2:] == [2 * MOST_POINTS - 2, 2 * MOST_POINTS - 1]
     run = history(layers=1, projections=("q",), steps=3000, planned=4000, frozen=0.0)
+    run.logs = [{"step": t, "seconds": t / 2, "frozen": 0, "loss": float(t), "votes": 0.1} for t in range(1, 3001)]
     (line,) = layers(plot_statistic(run), "line")
     assert len(line["rows"]) <= MOST_POINTS + 1
-    assert "1,001 of 3,000 checks are drawn" in json.dumps(plot_statistic(run).to_dict())
+    assert re.search("1,00[01] of 3,000 checks are drawn", plot_statistic(run).to_dict()["title"]["subtitle"])
+    for chart in (*plot_progress(run).values(), plot_votes(run)):
+        assert all(len(line["rows"]) <= MOST_POINTS + 1 for line in layers(chart, "line", "plain"))
+
+
+def test_losses_are_averaged_where_there_are_many() -> None:
+    assert averaged([(1, 1.0), (2, 3.0)], 5) == [(1, 1.0), (2, 3.0)]
+    assert averaged([(1, 1.0), (2, 3.0), (3, 5.0)], 2) == [(2, 2.0), (3, 5.0)]
+
+
+def test_thousands_of_experts_share_the_cells_of_their_place() -> None:
+    run = history(layers=2, projections=("up",), experts=MOST_CELLS // 2 + 1, frozen=0.5)
+    chart = plot_freezing_map(run)
+    (cells,) = layers(chart, "rect", "cell")
+    assert len(cells["rows"]) == 2
+    assert cells["rows"][0]["name"] == f"{MOST_CELLS // 2 + 1:,} matrices"
+    assert "median step" in chart.to_dict()["title"]["subtitle"]
+
+
+# --- runs without a tau ----------------------------------------------------------------------------------------------
+
+
+def test_votes_are_drawn_with_the_quorum_and_the_looks() -> None:
+    chart = plot_votes(looked())
+    (line,) = layers(chart, "line", "plain")
+    assert [(row["step"], row["share"]) for row in line["rows"]][-2:] == [(18, 0.9), (20, 1.0)]
+    (quorum,) = layers(chart, "rule", "tau")
+    assert quorum["rows"] == [{"share": 0.5}]
+    verdicts = [layer["rows"] for layer in layers(chart, "point") if "verdict" in layer["rows"][0]]
+    assert [(row["step"], row["verdict"]) for row in verdicts[0]] == [(12, "said to go on"), (20, "ended the run")]
+
+
+def test_the_quorum_is_that_of_the_rule() -> None:
+    from grades_hf.ending import ending
+    from grades_hf.report import summary
+
+    assert summary.QUORUM == ending.QUORUM
+    assert ending.MARGIN == 3.0, "what the bar of a look stands for"
+
+
+def test_a_look_has_both_losses_and_three_errors_of_their_difference() -> None:
+    run = looked()
+    run.looks = [look(12, 2.5, 2.4, False, error=0.1), look(20, 2.5, 2.4, True, error=float("inf"))]
+    points = layers(plot_looks(run), "point")[0]["rows"]
+    found = {(row["step"], row["which"].split()[-1]): (row["loss"], row["low"], row["high"]) for row in points}
+    assert found[12, "weights"] == (2.4, pytest.approx(2.1), pytest.approx(2.7))
+    assert found[12, "are"] == (2.5, 2.5, 2.5)
+    assert found[20, "weights"] == (2.4, 2.4, 2.4), "one row has no error"
+
+
+@pytest.mark.parametrize("ended", ["look", "completed", None])
+def test_a_run_in_which_nothing_froze_has_no_map(ended: str | None, tmp_path: Path) -> None:
+    run = looked(ended)
+    plots = set(all_plots(run))
+    assert plots == {"votes", "statistic", "loss", "step_time"} | ({"looks"} if ended == "look" else set())
+    plot_run(run, tmp_path / "run.png")
+    assert "Votes for a look" in json.dumps(plot_run(run).to_dict())
+
+
+def test_losses_of_several_runs_are_overlaid() -> None:
+    chart = plot_losses({"with": looked(), "without": [(1, 3.0), (50, 2.0)]})
+    (line,) = layers(chart, "line")
+    assert {row["run"] for row in line["rows"]} == {"with", "without"}
+    assert line["encoding"]["x"]["scale"]["domain"] == [0, 50]
+    ends = layers(chart, "point")[-1]["rows"]
+    assert {(row["run"], row["step"]) for row in ends} == {("with", 20), ("without", 50)}
 
 
 def test_more_groups_than_colours_differ_by_dashes() -> None:
@@ -196,7 +263,7 @@ def test_themes_have_the_same_parts() -> None:
 
 
 def test_altair_is_loaded_only_when_something_is_drawn() -> None:
-    code = "import sys, grades_hf.report, grades_hf.cli; sys.exit(bool({'altair', 'vl_convert'} & sys.modules.keys()))"
+    code = "import sys, grades_hf.report.page; sys.exit(bool({'altair', 'vl_convert'} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

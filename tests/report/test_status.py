@@ -14,35 +14,38 @@ import sys
 import termios
 import threading
 import time
-from array import array
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from grades_hf import History
-from grades_hf.cli import main
 from grades_hf.report.status import BARS, STATES, View, show, sparkline
 from grades_hf.report.summary import seconds_per_step, sentence
+from grades_hf.tools.cli import main
 
-from .histories import history
+from .histories import changed, history, look, looked, make
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "grades_hf.cli", "status"]
+COMMAND = [sys.executable, "-m", "grades_hf.tools.cli", "status"]
 SYMBOLS = {symbol for symbol, _, _ in STATES.values()}
 
 
 def running() -> History:
     """Step 10 of 12: q froze at step 8 in layer 0, up is near its tau of 2, k far above its tau of 1."""
     run = history(layers=2, projections=("q", "k", "up"), frozen=0.0, steps=10, planned=12)
-    for name, series in run.values.items():
-        end = 8 if name == "None.0.q.0" else 10
-        run.values[name] = array("d", [{"q": 1.5, "k": 5.0, "up": 3.0}[name.split(".")[2]]] * end)
-        assert len(series) == 10
+    levels = {"q": 1.5, "k": 5.0, "up": 3.0}
+    ends = {name: 8 if name == "None.0.q.0" else 10 for name in run.values}
+    run = changed(run, values={name: [levels[name.split(".")[2]]] * end for name, end in ends.items()})
     run.events = [{"step": 8, "name": "None.0.q.0", "value": 1.5, "tau": 2.0}]
-    for step, seconds, loss in ((4, 10.0, 3.0), (8, 18.0, 2.5), (10, 22.0, 2.25)):
-        run.record_log({"step": step, "seconds": seconds, "frozen": int(step >= 8), "loss": loss})
-    run.savings = {"steps": 10, "full": 200.0, "used": 190.0, "planned": 240.0}
+    run.logs = [
+        {"step": step, "seconds": seconds, "frozen": int(step >= 8), "loss": loss}
+        for step, seconds, loss in ((4, 10.0, 3.0), (8, 18.0, 2.5), (10, 22.0, 2.25))
+    ]
+    run.savings = {
+        "steps": 10, "full": 200.0, "used": 190.0, "weight_gradient": 10.0, "input_gradient": 0.0, "adapter": 0.0,
+        "planned": 240.0,
+    }  # fmt: skip
     return run
 
 
@@ -71,8 +74,8 @@ def test_the_sentence():
     )
     run.logs, run.savings, run.ended = [], None, "stopped"
     assert sentence(run) == "Stopped at step 10 of 12: 1 of 6 components are frozen (17% of their parameters)."
-    nothing = History.start([], {}, total_steps=5, t_grace=3)
-    assert sentence(nothing) == "Step 0 of 5: 0 of 0 components are frozen (0% of their parameters)."
+    nothing = make(config={}, total_steps=5, t_grace=3, components=[], steps=[], values={}, events=[])
+    assert sentence(nothing) == "Step 0 of 5: no look so far."
     nothing.ended = "completed"
     assert sentence(nothing).startswith("Ended after all 5 steps: ")
 
@@ -93,16 +96,32 @@ def test_each_place_has_the_symbol_of_its_state():
     assert "gradient_norm, tau 1 to 2, freezing from step 7 of 12 on." in view
 
 
-def test_a_run_without_thresholds():
-    run = running()
-    run.config = {"criterion": "no_new_minimum"}
-    for item in (*run.components, *run.events):
-        item["tau"] = None
-    view = text(run, 80)
-    assert "gradient_norm, criterion no_new_minimum, freezing from step 7 of 12 on." in view
-    assert "tau" not in view.replace("below 2 tau", "")
-    assert cells(view) == "█·····"
-    assert re.search(r"attention +1/4 +5 +[▁-█]", view)
+def test_a_run_without_a_tau_shows_votes_and_looks():
+    view = text(looked(), 100)
+    assert "votes ▁▂▃▄▅▆▆▇██ 100% at the last; a look is due at 50%" in view
+    assert re.search(r"^ +12 +4 of 6 +2\.5000 +2\.5200 +\+0\.0200 ± 0\.0100 +go on", view, re.MULTILINE)
+    assert re.search(r"^ +20 +6 of 6 +2\.6000 +2\.4000 +-0\.2000 ± 0\.0100 +end", view, re.MULTILINE)
+    assert "tau" not in view
+    assert "frozen" not in view
+    assert re.search(r"attention +4 +[\d.]+ +[▁-█]", view)
+    going = looked(None)
+    for row in going.logs:
+        del row["votes"]
+    assert "No votes were recorded." in text(going, 80)
+    going.looks = [look(12, 2.5, 2.4, False, error=float("inf"))]
+    assert "-0.1000 " in text(going, 80)
+
+
+def test_strange_names_are_shown_and_not_obeyed():
+    run = history(layers=1, projections=("q",), frozen=0.0)
+    strange = "[red]x[/red]\x1b[2J\x07[/]"
+    run.components[0] |= {"projection": strange, "group": strange, "tower": strange, "monitor": strange}
+    for tau in (1.0, None):
+        run.components[0]["tau"] = tau
+        view = text(run, 200)
+        assert "\x1b" not in view
+        assert "\x07" not in view
+        assert "[red]x[/red]\\x1b[2J\\x07[/]" in view
 
 
 def test_large_models_and_narrow_terminals_show_every_place_once():
@@ -150,7 +169,7 @@ def test_old_news_is_told_unless_the_run_has_ended():
 
 
 def test_a_missing_or_damaged_record_is_an_error(tmp_path, capsys):
-    for damage, message in ((None, "holds no grades_history.json; --follow waits"), ("{", "is damaged")):
+    for damage, message in ((None, "holds no record of GradES; --follow waits"), ("{", "is damaged")):
         if damage:
             (tmp_path / "grades_history.json").write_text(damage)
         with pytest.raises(SystemExit) as ended:
@@ -175,7 +194,7 @@ def test_following_into_a_pipe_gives_a_line_per_change(tmp_path, monkeypatch):
     console = Console(file=io.StringIO(), width=60)
     show(tmp_path, follow=True, console=console)
     lines = console.file.getvalue().splitlines()
-    assert lines[:3] == [f"Waiting for {file} ...", *states]
+    assert lines[:3] == [f"Waiting for a record of GradES in {tmp_path} ...", *states]
     assert "\x1b" not in console.file.getvalue()
     assert len(cells("\n".join(lines))) == 6
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from grades_hf import History
-from grades_hf.report import summarize, table_rows, to_markdown
+from grades_hf.report import summarize, to_markdown
+from grades_hf.report.summary import escape, facts, look_rows, rule, saved, sentence, visible
 
-from .histories import history
-
-SCORES = {"acc": 0.4, "acc_stderr": 0.0123, "acc_norm": 0.5, "acc_norm_stderr": 0.02}
+from .histories import history, looked
 
 
 def small() -> History:
@@ -48,32 +49,45 @@ def test_towers_are_groups_of_their_own() -> None:
     assert [group["group"] for group in summary["groups"]] == ["vision attention", "language attention"]
 
 
-def test_text() -> None:
-    summary = summarize(
-        small(),
-        steps_run=7,
-        evaluation={"task": "siqa", "before": SCORES, "after": {**SCORES, "acc": 0.451}},
-        seconds={"training": 212.4, "evaluation": 59.0, "waiting": 7300.0},
-        compute={"used": 9e12, "full": 1e13, "saved": 0.1},
+def test_a_run_without_a_tau() -> None:
+    run = looked()
+    assert sentence(run) == (
+        "Ended by a look at step 20 of 40: 2 looks at held-out rows, the last one ended the run (loss 2.4 with "
+        "averaged weights, 2.6 without), 50.0% of the planned compute saved, loss 2, 0.5 s a step."
     )
-    assert table_rows(summary) == [
-        ("steps", "7 of 8 planned"),
-        ("frozen", "2 of 4 components, 50% of their parameters"),
-        ("  attention", "1 of 2, first at step 3, last at step 3"),
-        ("  mlp", "1 of 2, first at step 5, last at step 5"),
-        ("siqa acc", "40.0% ± 1.2% before, 45.1% ± 1.2% after"),
-        ("siqa acc_norm", "50.0% ± 2.0% before, 50.0% ± 2.0% after"),
-        ("time", "training 3 min 32 s, evaluation 59 s, waiting 2 h 1 min"),
-        ("compute saved", "10.0% (9e+12 of 1e+13 FLOPs)"),
-    ]
-    page = to_markdown(summary, "A run", notes={"model": "a | b"})
-    assert page.startswith("# A run\n\n| | |\n|---|---|\n| model | a \\| b |\n| steps | 7 of 8 planned |\n")
-    assert "| statistic | gradient_norm, tau 1 to 2, none frozen up to step 4 |" in page
+    assert summarize(run)["looks"] == {"number": 2, "ended": True}
+    assert "tau" not in summarize(run)
+    assert facts(run)[:3] == [("steps", "20 of 40 planned"), ("attention", "4 matrices"), ("mlp", "2 matrices")]
+    assert look_rows(run)[1] == ("20", "6 of 6", "2.6000", "2.4000", "-0.2000 ± 0.0100", "end")
+    assert sentence(looked("completed")).startswith("Ended after all 40 steps: no look was proposed, loss 2,")
+    assert sentence(looked(None)) == (
+        "Step 20 of 40: 100% of the components vote for a look, no look so far, loss 2, 0.5 s a step, "
+        "at most 10 s left."
+    )
+    assert "20% over its own minimum" in rule(run)
+    run.looks = run.looks[:1]
+    assert "1 look at held-out rows, it said to go on" in sentence(run)
 
 
-def test_what_is_missing_is_left_out() -> None:
-    assert table_rows({"steps_run": 1, "steps_planned": 2}) == [("steps", "1 of 2 planned")]
-    nothing = summarize(history(frozen=0.0, projections=("q",)))
-    assert ("  attention", "0 of 3") in table_rows(nothing)
-    only_after = table_rows({"evaluation": {"after": SCORES}})
-    assert only_after[0] == ("acc", "40.0% ± 1.2% after")
+def test_markdown() -> None:
+    page = to_markdown(summarize(small(), evaluation={"loss": "a | b"}), "A run")
+    assert page.startswith("# A run\n\n|  |  |\n| --- | --- |\n| steps run | 6 |\n")
+    assert "a \\| b" in page
+
+
+@pytest.mark.parametrize(
+    "text", ["<script>x</script>", "[a](javascript:b)", "`c`", "d\n| e |", "\x1b[31mred\x07", "&lt;"]
+)
+def test_no_text_becomes_markdown_html_or_a_command_of_a_terminal(text: str) -> None:
+    found = escape(text)
+    assert not set("<>`\n\x1b\x07") & set(found)
+    assert "](" not in found.replace("\\]", "")
+    assert visible(text).isprintable() or "\n" in text
+
+
+@pytest.mark.parametrize("full", [0.0, -1.0])
+def test_savings_of_nothing_are_no_figure(full: float) -> None:
+    run = looked()
+    run.savings = {**(run.savings or {}), "full": full, "used": 0.0, "planned": full}
+    assert "saved" not in sentence(run)
+    assert saved(run) is None

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from fractions import Fraction
-
+from ..config import grace_steps
 from .rise import Rise
 from .tau import assign_thresholds
 from .threshold import Threshold
 
-__all__ = ["Rise", "Threshold", "assign_thresholds", "grace_steps", "smoothing"]
+__all__ = ["Rise", "Threshold", "assign_thresholds", "deciding_checks", "grace_steps", "smoothing"]
 
 
-def grace_steps(alpha: float, total_steps: int) -> int:
-    r"""$t_{grace} = \lceil \alpha T \rceil$, in decimal arithmetic: 0.55 of 100 steps are 55, not 56."""
-    return math.ceil(Fraction(str(alpha)) * total_steps)
+def deciding_checks(total_steps: int, grace: int, every: int, *, first: bool, late: bool) -> int:
+    """How many checks of a run can freeze something.
+
+    Args:
+        total_steps, grace: Optimizer steps of the run, and of its grace period.
+        every: Steps from one check to the next.
+        first: Whether a check at step 1 yields values; not where two steps are compared.
+        late: Whether a check decides one step later.
+    """
+    begin = grace if first else max(grace, 1)
+    return max(0, (total_steps - int(late)) // every - begin // every)
 
 
 def smoothing(total_steps: int, check_every: int = 1) -> float:

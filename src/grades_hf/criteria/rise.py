@@ -46,8 +46,9 @@ class Rise(Criterion):
             clamped = torch.minimum(torch.maximum(values, average / OUTLIER), average * OUTLIER)
             values = torch.where(weight > 0, clamped, values)
         values = torch.where(there, values, 0.0)
-        total, weight = torch.where(there, self.beta * total + values, total), torch.where(
-            there, self.beta * weight + 1, weight
+        total, weight = (
+            torch.where(there, self.beta * total + values, total),
+            torch.where(there, self.beta * weight + 1, weight),
         )
         average = total / weight  # NaN where there has been no value
         new = there & (weight * (1 - self.beta) >= 0.5) & ((minimum == 0) | (average < minimum))

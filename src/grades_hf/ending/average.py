@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Extension, Run, Step
+from ..find.components import Component
 from ..parallel.sharded import local, placed_like, reshard
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,14 @@ class Average(Extension):
             weights.append(local(parameter.detach()).to(average.device, average.dtype))
         for averages, weights in groups.values():
             torch._foreach_lerp_(averages, weights, weight)
+
+    def on_join(self, components: Sequence[Component], parameters: Sequence[Tensor]) -> None:
+        """Their average begins at their weights as they are."""
+        known = set(self.parameters)
+        more = [p for p in parameters if p.is_floating_point() and p not in known]
+        self.parameters += more
+        if self._average:
+            self._average |= {p: self._copy(p) for p in more}
 
     def install(self) -> None:
         """Put the average into the model."""

@@ -13,7 +13,7 @@ import torch
 from ..contracts import Extension, Run, Step
 from ..criteria import Rise
 from .average import Average
-from .look import HeldOut, Rows, unseen
+from .look import HeldOut, Rows, seed, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,9 @@ APART = 1.25  # how much later than the last look the next one may come at the e
 MARGIN = 3.0  # standard errors by which a difference counts
 FIRST_STEP = 10
 MOST = 12  # looks in a run
+
+_NUMBERS = ("step", "votes", "components", "rise", "rows", "average_loss")
+_COMPUTED_OR_NOT = ("loss", "difference", "error", "since", "since_error")
 
 NO_ROWS = (
     "GradES without a tau decides by looks at held-out rows, and has none. Pass held_out= (a Dataset, a DataLoader, or "
@@ -70,7 +73,7 @@ class Ending(Extension):
     name = "ending"
 
     def __init__(self, held_out: HeldOut | None) -> None:
-        self._held_out = held_out
+        self._held_out: Any = held_out
         self.looks: list[dict[str, Any]] = []
         self.share = 0.0
         self._before: list[float] = []  # losses of the rows with the average of the last look
@@ -79,9 +82,9 @@ class Ending(Extension):
         if self._held_out is None:
             raise ValueError(NO_ROWS)
         self._run: Any = run
-        self._rows = self._held_out
-        is_function = callable(self._held_out) and not hasattr(self._held_out, "__getitem__")
-        if not isinstance(self._held_out, Rows) and not is_function:
+        self._rows: Any = self._held_out
+        function = callable(self._held_out) and not hasattr(self._held_out, "__getitem__")
+        if not function and not isinstance(self._held_out, Rows):
             self._rows = Rows(self._held_out, run.config.look_rows)
         self._epoch: float | None = None
         undo.callback(self._close)
@@ -92,7 +95,7 @@ class Ending(Extension):
     def consider(self, votes: int) -> None:
         """So many components vote now: look if that is enough, or if a look is due."""
         run, average = self._run, self._run.extension("average")
-        taking_part = int(run.took_part.sum())
+        taking_part = int(run.learned.sum())  # who never had a gradient other than 0 can never vote
         self.share = votes / taking_part if taking_part else 0.0
         last = self.looks[-1]["step"] if self.looks else 0
         first_epoch = self._epoch is not None and self._epoch < 1
@@ -147,6 +150,7 @@ class Ending(Extension):
 
     def _losses(self) -> list[float]:
         run = self._run
+        seed()  # the same random numbers for both
         if isinstance(self._rows, Rows):
             own = self._rows.losses(run.model, run.ranks)
         else:
@@ -168,7 +172,9 @@ class Ending(Extension):
             times = "one look" if len(self.looks) == 1 else f"{len(self.looks)} looks"
             return f"{times} at held-out rows in {steps} said to go on ({_losses(look)} at step {look['step']})."
         returned = "the average is" if self._run.config.return_weights == "average" else "the last weights are"
-        reason = f"the gradients of {look['votes']} of {look['components']} components had risen to {look['rise']:.3g} x"
+        reason = (
+            f"the gradients of {look['votes']} of {look['components']} components had risen to {look['rise']:.3g} x"
+        )
         why = f"{reason} their minimum" if look["reason"] == "gradients" else "it was due"
         return (
             f"the run ends at step {look['step']} of {self._run.total_steps}, because held-out rows say that the weights "
@@ -182,11 +188,14 @@ class Ending(Extension):
     def check(self, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]], float, list[float]]:
         looks, level = [dict(look) for look in state["looks"]], float(state["level"])
         for look in looks:
+            numbers = [*(look[name] for name in _NUMBERS), *(look[name] or 0.0 for name in _COMPUTED_OR_NOT)]
+            if not isinstance(look["ended"], bool) or not all(type(number) in (int, float) for number in numbers):
+                raise ValueError("the looks of a checkpoint hold what is no number.")
             _losses(look)
             look["step"] = int(look["step"])
         before = [float(loss) for loss in state["before"]]
-        if not math.isfinite(level) or not all(map(math.isfinite, before)):
-            raise ValueError("the checkpoint's looks hold numbers that are not finite.")
+        if not math.isfinite(level) or level <= 0 or not all(map(math.isfinite, before)):
+            raise ValueError("the checkpoint's looks hold numbers that cannot be.")
         return looks, level, before
 
     def load(self, checked: tuple[list[dict[str, Any]], float, list[float]]) -> None:
@@ -194,7 +203,8 @@ class Ending(Extension):
         self._run.history.looks = list(self.looks)
 
     def _close(self) -> None:
-        self._rows = self._held_out = None
+        self._held_out = None
+        del self._rows
 
 
 def _paired(a: list[float], b: list[float]) -> tuple[float | None, float]:

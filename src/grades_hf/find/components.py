@@ -16,11 +16,14 @@ that many adapted layers share beside tensors of their own (VB-LoRA's bank) free
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
@@ -47,7 +50,7 @@ class Component:
         layer: Index of the block that it lies in; None outside the blocks.
         tower: `"vision"`, `"language"`, `"audio"`, `"encoder"`, `"decoder"` or the tower's own name where a model has
             several; else None.
-        parameters: All tensors that freeze, biases included.
+        parameters: All tensors that freeze, biases included. After the run: those that the model still has.
         measured: The tensors that the statistic is taken over: `parameters` without biases of full weights.
         adapter: Whether these are the tensors of a PEFT adapter.
         tau: The threshold that holds for it, None for criteria without one; set by the engine.
@@ -60,20 +63,55 @@ class Component:
     projection: str
     layer: int | None
     tower: str | None
-    parameters: tuple[Tensor, ...]
-    measured: tuple[Tensor, ...]
+    parameters: Sequence[Tensor]
+    measured: Sequence[Tensor]
     adapter: bool
     tau: float | None = None
     monitor: str = ""
     frozen_at: int | None = None
 
+    _numel: int | None = None
+
     @property
     def numel(self) -> int:
         """Number of elements of all its tensors."""
-        return sum(parameter.numel() for parameter in self.parameters)
+        return sum(parameter.numel() for parameter in self.parameters) if self._numel is None else self._numel
 
     def __repr__(self) -> str:
         return f"Component({self.name!r}, layer={self.layer}, group={self.group!r}, frozen_at={self.frozen_at})"
+
+
+class Released(Sequence[Tensor]):
+    """Parameters of a model that are not kept alive: as long as the model lives, those of these names."""
+
+    def __init__(self, model: weakref.ref[nn.Module], names: Iterable[str]) -> None:
+        self._model, self._names = model, tuple(names)
+
+    def _tensors(self) -> list[Tensor]:
+        model, found = self._model(), []
+        for name in self._names if model is not None else ():
+            with contextlib.suppress(AttributeError):  # taken out of the model since
+                found.append(model.get_parameter(name))  # type: ignore[union-attr]
+        return found
+
+    def __len__(self) -> int:
+        return len(self._tensors())
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._tensors()[place]
+
+    def __reduce__(self) -> Any:
+        return tuple, ((),)
+
+
+def release(components: Iterable[Component], model: nn.Module) -> None:
+    """The run is over: what says how it went stays, and keeps no parameter alive."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    held = weakref.ref(model)
+    for component in components:
+        component._numel = component.numel
+        component.parameters = Released(held, [names[p] for p in component.parameters if p in names])
+        component.measured = Released(held, [names[p] for p in component.measured if p in names])
 
 
 def find_components(model: nn.Module, config: GradESConfig | None = None) -> list[Component]:

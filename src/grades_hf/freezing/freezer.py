@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ..contracts import Extension, Run
+from ..contracts import Extension, Run, Trait
 from ..hooks import hook
 from ..parallel.sharded import Placeholders
+from .optimizers import LeaveOut, can_leave_out
 
 
 class Freezer(Extension):
@@ -31,7 +31,10 @@ class Freezer(Extension):
     gradient of what was frozen is still computed, and dropped.
 
     Some optimizers also move parameters that have no gradient (Muon's reference implementation decays them), so while
-    an optimizer steps, what is frozen is not in its parameter groups.
+    an optimizer steps, what is frozen is not in its parameter groups (`LeaveOut`).
+
+    A batch may involve nothing but what is frozen (one language of two, the other adapter). So that its backward pass
+    is not an error, the model's outputs require a gradient then. It is as if the batch had taught nothing.
 
     Args:
         optimizers: The optimizers whose state for frozen parameters is dropped.
@@ -56,15 +59,26 @@ class Freezer(Extension):
         self._pending: set[Tensor] = set()  # frozen, but for requires_grad
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._undo = ExitStack()
-        self._guarded = False  # whether the optimizers' steps are
+        self._leaving: list[LeaveOut] = []
 
     def attach(self, run: Run, undo: ExitStack) -> None:
         undo.callback(lambda: self.release(keep_frozen=run.config.keep_frozen))
-        if any(component.adapter for component in run.components):
+        self._ended: Callable[[], bool] = lambda: run.ended is not None
+        if Trait.COMPILED not in run.traits or any(component.adapter for component in run.components):
             self.guard(run.model)
+        for optimizer in filter(can_leave_out, self.optimizers):
+            leaving = LeaveOut(optimizer, self)
+            leaving.attach(optimizer, self._undo)
+            self._leaving.append(leaving)
 
     def __contains__(self, parameter: object) -> bool:
         return parameter in self._before
+
+    def __len__(self) -> int:
+        return len(self._before)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._before)
 
     def freeze(self, parameters: Iterable[Tensor]) -> None:
         """Freeze these, before the optimizer's update of this step."""
@@ -83,10 +97,8 @@ class Freezer(Extension):
                 dropped = optimizer.state.pop(parameter, {})
                 if self.placeholders is not None:
                     self.placeholders.note(parameter, dropped)
-        if self._before and not self._guarded:
-            self._guarded = True
-            for optimizer in filter(_can_do_without, self.optimizers):
-                self._undo.callback(leave_out(optimizer, self))
+        for leaving in self._leaving:
+            leaving.refresh()
 
     def settle(self) -> None:
         """What is frozen requires no gradient from now on, and none is computed."""
@@ -112,9 +124,14 @@ class Freezer(Extension):
     def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not self._before or not torch.is_grad_enabled():
             return
-        for leaf in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(self._before_backward)
+        tensors = _tensors(output)
+        trained = [tensor for tensor in tensors if tensor.requires_grad]
+        for tensor in trained:
+            tensor.register_hook(self._before_backward)
+        if not trained and module.training and not self._ended():
+            for tensor in tensors:
+                if tensor.is_floating_point() and tensor.is_leaf:
+                    tensor.requires_grad_(True)
 
     def _before_backward(self, gradient: Tensor) -> None:
         for parameter in self._before:
@@ -134,45 +151,9 @@ class Freezer(Extension):
         self._pending.clear()
         self._hooks.clear()
         self._before.clear()
-        self._guarded = False
-
-
-def leave_out(optimizer: torch.optim.Optimizer, frozen: Freezer) -> Callable[[], None]:
-    """Let `optimizer.step` see parameter groups without what is frozen.
-
-    The method itself is wrapped: torch's own hooks around it would leave the groups mutilated when a step fails.
-
-    Returns:
-        What undoes it.
-    """
-    own, held = optimizer.__dict__.get("step"), weakref.ref(frozen)
-    step = optimizer.step
-
-    def stepping(*args: Any, **kwargs: Any) -> Any:
-        freezer = held()
-        groups = optimizer.param_groups
-        before = [group["params"] for group in groups]
-        try:
-            for group in groups:
-                if freezer is not None:
-                    group["params"] = [parameter for parameter in group["params"] if parameter not in freezer]
-            return step(*args, **kwargs)
-        finally:
-            for group, parameters in zip(groups, before, strict=False):
-                group["params"] = parameters
-
-    stepping.__dict__.update(getattr(step, "__dict__", {}))
-    optimizer.step = stepping  # type: ignore[method-assign]
-
-    def undo() -> None:
-        if optimizer.__dict__.get("step") is not stepping:
-            return  # something has replaced it; ours finds nothing frozen any more
-        if own is None:
-            del optimizer.__dict__["step"]
-        else:
-            optimizer.step = own  # type: ignore[method-assign]
-
-    return undo
+        self._leaving.clear()
+        self.optimizers = ()
+        self._ended = bool
 
 
 def unwrap_optimizers(optimizer: object) -> list[torch.optim.Optimizer]:
@@ -196,9 +177,13 @@ def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
     return optimizer
 
 
-def _can_do_without(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether parameters may leave the groups for a step: bitsandbytes' options go by a parameter's place there."""
-    return not hasattr(optimizer, "get_config")
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors in a model's output, also in that of a dataclass or namespace."""
+    if isinstance(output, Mapping):
+        output = dict(output)
+    elif hasattr(output, "__dict__") and not isinstance(output, (Tensor, list, tuple, nn.Module)):
+        output = vars(output)
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _drop_gradient(parameter: Tensor) -> None:

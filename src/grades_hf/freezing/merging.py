@@ -106,7 +106,7 @@ class Merger(Extension):
         self._wanted: list[str] = []
         self._told = False
         self._components = components
-        undo.callback(self.release)
+        undo.callback(self._close)
         undo.callback(hook(root, "forward_pre", self._before_forward))  # PEFT's generate() calls it without its wrapper
 
     @property
@@ -139,6 +139,10 @@ class Merger(Extension):
         for name in self.merged:
             split(self.layers[name])
         self._wanted.clear()
+
+    def _close(self) -> None:
+        self.release()
+        self.layers, self._components = {}, []
 
     def _tell_lost(self, names: Sequence[str]) -> None:
         layers = [self.layers[name] for name in names]

@@ -185,6 +185,8 @@ class Prefix(Extension):
         self._stop_recording()
         for tower in self.towers:
             self._undo(tower)
+            tower.blocks = []
+        self.root, self._first, self._kept = nn.Module(), {}, set()
 
     # --- parts -----------------------------------------------------------------------------------------------------
 

@@ -38,8 +38,12 @@ class Clipping(Extension):
     def attach(self, run: Run, undo: ExitStack) -> None:
         self._parameters = {parameter for component in run.components for parameter in component.measured}
         self._factors: dict[Tensor, Tensor] = {}
+        undo.callback(self._close)
         undo.callback(_forget, self)
         _watch(self)
+
+    def _close(self) -> None:
+        self._parameters, self._factors = set(), {}
 
     def note(self, parameters: Iterable[Tensor], factor: Tensor) -> None:
         """These have been clipped; twice in a step, where a loop does so."""
@@ -61,6 +65,9 @@ class Clipping(Extension):
         one = first.new_ones(())
         return values / torch.stack([one if factor is None else factor.to(one) for factor in factors]).to(values)
 
+    def on_join(self, components: Sequence[Component], parameters: Sequence[Tensor]) -> None:
+        self._parameters.update(parameter for component in components for parameter in component.measured)
+
     def on_step_end(self, step: Step) -> None:
         self._factors = {}
 
@@ -77,12 +84,14 @@ def _watch(clipping: Clipping) -> None:
         _original = found
         clip_grad._clip_grads_with_norm_ = utils.clip_grads_with_norm_ = _wrap(found)
     _watching.add(clipping)
+    weakref.finalize(clipping, _forget)  # where an engine dies with its model and is never closed
 
 
-def _forget(clipping: Clipping) -> None:
+def _forget(clipping: Clipping | None = None) -> None:
     global _original
-    _watching.discard(clipping)
-    if not _watching and _original is not None:
+    if clipping is not None:
+        _watching.discard(clipping)
+    if not list(_watching) and _original is not None:
         clip_grad._clip_grads_with_norm_ = utils.clip_grads_with_norm_ = _original
         _original = None
 

@@ -85,12 +85,14 @@ def _watch(loss: Loss) -> None:
         _original = torch.autograd.backward
         torch.autograd.backward = _wrap(_original)
     _watching.add(loss)
+    weakref.finalize(loss, _forget)  # where an engine dies with its model and is never closed
 
 
-def _forget(loss: Loss) -> None:
+def _forget(loss: Loss | None = None) -> None:
     global _original
-    _watching.discard(loss)
-    if not _watching and _original is not None:
+    if loss is not None:
+        _watching.discard(loss)
+    if not list(_watching) and _original is not None:
         torch.autograd.backward = _original
         _original = None
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..contracts import Extension, Run
+from ..contracts import Extension, Run, Step
+from ..hooks import hook
 from .sharded import holders, is_sharded
 
 
@@ -63,28 +64,34 @@ class Ranks(Extension):
         return None if self._wrapper is None else self._wrapper.process_group
 
     def attach(self, run: Run, undo: ExitStack) -> None:
-        self._options = zlib.crc32(repr(run.config.to_dict()).encode())
+        known = run.config.to_dict(), run.total_steps, [component.name for component in run.components]
+        self._options = zlib.crc32(repr(known).encode())
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not self.sharded:
-            undo.callback(self._model.register_forward_pre_hook(self._before_forward).remove)
+            undo.callback(hook(self._model, "forward_pre", self._before_forward))
         undo.callback(self._close)
 
-    def agree(self, values: Tensor) -> Tensor:
-        """Rank 0's values on every rank: gradients are equal after their reduction, but a broadcast leaves no doubt.
+    def before_check(self, step: Step) -> None:
+        """Ranks that have different options would wait for each other for ever, so this is asked first of all.
 
         Raises:
-            ValueError: the ranks have different options; on all of them.
+            ValueError: they have; on all of them.
         """
+        if self._agreed or self.number == 1:
+            return
+        options: list[int] = [0] * self.number
+        dist.all_gather_object(options, self._options, group=self._group)
+        if len(set(options)) > 1:
+            raise ValueError(
+                f"the options of GradES, or what it tracks, differ between ranks (this is rank {self.rank} of "
+                f"{self.number}), which would freeze different matrices on each. Pass the same GradESConfig, "
+                "total_steps and model on every rank."
+            )
+        self._agreed = True
+
+    def agree(self, values: Tensor) -> Tensor:
+        """Rank 0's values on every rank: gradients are equal after their reduction, but a broadcast leaves no doubt."""
         if self.number == 1 or values.numel() == 0:
             return values
-        if not self._agreed:
-            options: list[int] = [0] * self.number
-            dist.all_gather_object(options, self._options, group=self._group)
-            if len(set(options)) > 1:
-                raise ValueError(
-                    f"the options of GradES differ between ranks (rank {self.rank} is one of {self.number}), which "
-                    "would freeze different matrices on each. Pass the same GradESConfig on every rank."
-                )
-            self._agreed = True
         dist.broadcast(values, group=self._group, group_src=0)
         return values
 
@@ -133,7 +140,9 @@ class Ranks(Extension):
 
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
         active = DistributedDataParallel._get_active_ddp_module()
-        self._wrapper = active if active is not None and active.module is module else self._wrapper
+        if active is not None and active.module is module and active is not self._wrapper:
+            self._wrapper = active
+            _refuse_mixed_precision(active)
         if not self._stale or self._wrapper is None:
             return
         if self._wrapper.static_graph and not self._wrapper.require_backward_grad_sync:
@@ -145,7 +154,7 @@ class Ranks(Extension):
         """`requires_grad` is as before: leave a reducer that fits."""
         if self._stale and self._wrapper is not None:
             rebuild_reducer(self._wrapper)
-        self._stale, self._wrapper = False, None
+        self._stale, self._wrapper, self._model = False, None, nn.Module()
 
 
 def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
@@ -154,15 +163,20 @@ def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
     Raises:
         RuntimeError: the wrapper does something that cannot be carried over (DDP's own mixed precision).
     """
-    if wrapper.mixed_precision is not None:
-        raise RuntimeError("GradES cannot work with DDP's mixed_precision; use autocast (bf16=True) instead.")
+    _refuse_mixed_precision(wrapper)
     if not any(parameter.requires_grad for parameter in wrapper.module.parameters()):
         return
     wrapper._remove_autograd_hooks()
-    group, hooks = wrapper.process_group, list(wrapper._comm_hooks)
-    # Unpickling builds a reducer, after it has taken over all attributes: the process group is one of them here.
-    wrapper.__setstate__({**wrapper.__getstate__(), "process_group": group})
+    hooks = list(wrapper._comm_hooks)
+    # Unpickling builds a reducer, after it has taken over all attributes. The process group, which cannot be pickled
+    # and is the default one there, is one of them here.
+    wrapper.__setstate__({name: value for name, value in vars(wrapper).items() if name not in ("reducer", "logger")})
     wrapper._static_graph_delay_allreduce_enqueued = False  # a static graph is learned anew in the first iteration
     wrapper._comm_hooks.clear()
-    for hook, state in hooks:
-        wrapper.register_comm_hook(state, hook)
+    for comm_hook, state in hooks:
+        wrapper.register_comm_hook(state, comm_hook)
+
+
+def _refuse_mixed_precision(wrapper: DistributedDataParallel) -> None:
+    if wrapper.mixed_precision is not None:
+        raise RuntimeError("GradES cannot work with DDP's mixed_precision; use autocast (bf16=True) instead.")

@@ -38,6 +38,16 @@ TOGETHER: dict[frozenset[Trait], str] = {
 }
 
 
+def refuse_foreign(model: object) -> None:
+    """Raise a ValueError for what is no module, such as the wrapper object of another library."""
+    if not isinstance(model, nn.Module):
+        parts = {name: getattr(model, name, None) for name in ("model_body", "model", "module")}
+        inner = [f", here model.{name}" for name, part in parts.items() if isinstance(part, nn.Module)]
+        raise ValueError(
+            f"model={type(model).__name__} is no torch.nn.Module. Pass the module that is trained{''.join(inner[:1])}."
+        )
+
+
 def refuse(model: nn.Module, optimizer: object, traits: frozenset[Trait]) -> None:
     """Raise for a way of training that cannot be right.
 
@@ -51,11 +61,7 @@ def refuse(model: nn.Module, optimizer: object, traits: frozenset[Trait]) -> Non
         RuntimeError: DataParallel, DeepSpeed, FSDP1, tensor parallelism, a compiled model in several processes, or a
             torch that cannot rebuild DDP's reducer.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model={type(model).__name__} is no torch.nn.Module. Pass the module that is trained (of a SetFitModel "
-            "that is model.model_body)."
-        )
+    refuse_foreign(model)
     if under_deepspeed() or any(
         "deepspeed" in cls.__module__.split(".") for part in (model, *_unwrap(optimizer)) for cls in type(part).__mro__
     ):

@@ -49,6 +49,12 @@ FORMULAS: dict[str, Callable[..., int]] = {
 }
 
 
+def is_batched(func: Any) -> bool:
+    """Whether an operator is a batch of products, as attention is."""
+    name = getattr(getattr(func, "overloadpacket", func), "__name__", "")
+    return name in ("bmm", "baddbmm") or "attention" in name
+
+
 def matrix_flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
     """FLOPs of matrix products, convolutions and attention; 0 for every other operator."""
     packet = getattr(func, "overloadpacket", func)

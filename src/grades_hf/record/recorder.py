@@ -20,9 +20,13 @@ class Recorder(Extension):
     def attach(self, run: Run, undo: ExitStack) -> None:
         self._run = run
         self._began = time.monotonic()
+        self._components: list[Component] = []
+        self._names: list[str] = []
 
     def on_values(self, step: int, components: Sequence[Component], values: Tensor) -> None:
-        self._run.history.record(step, [component.name for component in components], values)
+        if components != self._components:  # they are compared by identity
+            self._components, self._names = list(components), [component.name for component in components]
+        self._run.history.record(step, self._names, values)
 
     def on_freeze(self, components: Sequence[Component], values: Tensor) -> None:
         for component, value in zip(components, values.tolist(), strict=True):

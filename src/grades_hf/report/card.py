@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..history import History
-from .summary import escape, group_label, last_step, places, sentence
+from ..record.history import History
+from .summary import CELLS, LOOK_HEADS, escape, facts, has_thresholds, look_rows, markdown_table, sentence, step_tables
 
 TAG = "grades"
 BEGIN, END = "<!-- grades_hf: begin -->", "<!-- grades_hf: end -->"
 _SECTION = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 LONG = 32  # rows of the map that are folded away
+FREEZING = "gradient-based early stopping of single weight matrices: each one is frozen when its gradient says so."
+ENDING = (
+    "which ends a fine-tune before it overfits: where gradients rise it looks at held-out rows, and where these say "
+    "that the weights have got worse than their moving average, training ends with that average."
+)
 
 CITATION = """\
 ```bibtex
@@ -86,76 +89,31 @@ def grades_card_section(history: History | str | os.PathLike[str]) -> str:
     """
     if not isinstance(history, History):
         history = History.load(history)
-    options = json.dumps(history.config, indent=2, ensure_ascii=False)
+    options = json.dumps(history.config, indent=2).replace("<", "\\u003c")
+    freezes = has_thresholds(history)
     parts = [
         "## GradES",
-        "Fine-tuned with [GradES](https://arxiv.org/abs/2509.01842), gradient-based early stopping of single weight "
-        "matrices: each one is frozen when its gradient statistic says that it has converged.",
-        sentence(history),
-        _table(["", ""], _facts(history)),
-        "### Frozen matrices",
-        _map(history),
-        _folded("Options of GradES", f"```json\n{options}\n```"),
-        "### Citation of GradES",
-        CITATION,
+        f"Fine-tuned with [GradES](https://arxiv.org/abs/2509.01842), {FREEZING if freezes else ENDING}",
+        escape(sentence(history)),
+        markdown_table(["", ""], facts(history)),
     ]
+    if history.events:
+        parts += ["### Frozen matrices", _map(history)]
+    if history.looks:
+        parts += ["### Looks at held-out rows", markdown_table(LOOK_HEADS, look_rows(history))]
+    parts += [_folded("Options of GradES", f"```json\n{options}\n```"), "### Citation of GradES", CITATION]
     return "\n\n".join(parts) + "\n"
-
-
-def _facts(history: History) -> list[list[str]]:
-    groups: dict[str, list[str]] = {}
-    for component in history.components:
-        groups.setdefault(group_label(component), []).append(component["name"])
-    frozen = history.frozen
-    rows = [["steps", f"{last_step(history)} of {history.total_steps} planned; freezing after {history.t_grace}"]]
-    for label, names in groups.items():
-        steps = [frozen[name] for name in names if name in frozen]
-        when = f", first at step {min(steps)}, last at step {max(steps)}" if steps else ""
-        rows.append([label, f"{len(steps)} of {len(names)} frozen{when}"])
-    if savings := history.savings:
-        saved = f"{1 - savings['used'] / savings['full']:.1%}"
-        rows.append(["compute saved, counted", f"{saved} ({savings['used']:.3g} of {savings['full']:.3g} FLOPs)"])
-    if history.versions:
-        rows.append(["versions", ", ".join(f"{name} {version}" for name, version in history.versions.items())])
-    return rows
 
 
 def _map(history: History) -> str:
     """For each tower a table of layers by matrices with the step of freezing."""
-    frozen, blocks, long = history.frozen, [], 0
-    for tower, columns in places(history).items():
-        layers = sorted({layer for column in columns.values() for layer in column if layer is not None})
-        outside = any(None in column for column in columns.values())
-        body = []
-        for layer in [*layers, *([None] if outside else [])]:
-            cells = [_cell(column.get(layer), frozen) for column in columns.values()]
-            body.append(["outside" if layer is None else str(layer), *cells])
-        if tower is not None:
-            blocks.append(f"**{escape(tower)}**")
-        blocks.append(_table(["layer", *columns], body))
-        long = max(long, len(body))
-    blocks.append(
-        "A number is the optimizer step from which on the matrix was frozen, `-` one that was not frozen"
-        + ("; `k/n`: k of n matrices in this place were frozen." if any("/" in block for block in blocks) else ".")
-    )
-    text = "\n\n".join(blocks)
+    blocks, long = [], 0
+    for tower, rows in step_tables(history, history.frozen):
+        blocks += [f"**{escape(tower)}**"] if tower is not None else []
+        blocks.append(markdown_table(rows[0], rows[1:]))
+        long = max(long, len(rows))
+    text = "\n\n".join([*blocks, CELLS])
     return _folded("Steps of freezing, by layer and matrix", text) if long > LONG else text
-
-
-def _cell(components: Sequence[Mapping[str, Any]] | None, frozen: Mapping[str, int]) -> str:
-    if not components:
-        return ""
-    steps = sorted({frozen[component["name"]] for component in components if component["name"] in frozen})
-    number = sum(component["name"] in frozen for component in components)
-    if not steps:
-        return "-"
-    span = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-    return span if number == len(components) else f"{number}/{len(components)}: {span}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(escape, line))} |" for line in lines)
 
 
 def _folded(title: str, text: str) -> str:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from ..contracts import Statistic
+from .base import L1Statistic
 from .gradient_change import GradientChange
 from .gradient_norm import GradientNorm
 from .gradient_per_loss import GradientPerLoss
 from .sampling import Sampler
 from .weight_change import WeightChange
 
-STATISTICS: dict[str, type[GradientChange | GradientNorm | GradientPerLoss | WeightChange]] = {
-    cls.name: cls for cls in (GradientChange, GradientNorm, GradientPerLoss, WeightChange)
+STATISTICS: dict[str, type[L1Statistic]] = {
+    cls.name: cls
+    for cls in (
+        GradientChange,
+        GradientNorm,
+        WeightChange,
+        GradientPerLoss,
+    )
 }
 
 
@@ -19,4 +26,12 @@ def make_statistic(name: str, sampler: Sampler | None = None) -> Statistic:
     return STATISTICS[name](sampler)
 
 
-__all__ = ["STATISTICS", "GradientChange", "GradientNorm", "GradientPerLoss", "Sampler", "WeightChange", "make_statistic"]
+__all__ = [
+    "STATISTICS",
+    "GradientChange",
+    "GradientNorm",
+    "GradientPerLoss",
+    "Sampler",
+    "WeightChange",
+    "make_statistic",
+]

@@ -57,18 +57,20 @@ class L1Statistic(Statistic):
             if self.sampler is not None:
                 self.sampler.forget(parameter)
 
-    def restore(self, parameter: Tensor, previous: Tensor) -> None:
-        if self.sampler is None:
-            self.previous[parameter] = placed_like(previous, parameter)
-        else:
-            self.previous[parameter] = self.sampler.fitting(parameter, previous)
+    def fitting(self, parameter: Tensor, saved: Tensor) -> Tensor:
+        return placed_like(saved, parameter) if self.sampler is None else self.sampler.fitting(parameter, saved)
 
     def _sources(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
         found = ((parameter, self.source(parameter)) for parameter in parameters)
         return {parameter: source for parameter, source in found if source is not None}
 
     def _comparable(self, parameter: Tensor) -> bool:
-        return parameter in self.previous
+        return self._is_here(parameter)
+
+    def _is_here(self, parameter: Tensor) -> bool:
+        """Whether something is kept for `parameter`, and on its device: the model may have moved since."""
+        previous = self.previous.get(parameter)
+        return previous is not None and previous.device == parameter.device
 
     def _kept(self, sources: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """What to keep of each: copies, in the memory of those of the step before."""
@@ -77,7 +79,7 @@ class L1Statistic(Statistic):
             if self.sampler is not None:
                 sample = self._samples.get(parameter)
                 kept[parameter] = self.sampler.take(parameter, source) if sample is None else sample
-            elif parameter in self.previous:
+            elif self._is_here(parameter):
                 kept[parameter] = self.previous[parameter].copy_(source)
             else:
                 kept[parameter] = source.clone()

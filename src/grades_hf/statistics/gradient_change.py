@@ -50,8 +50,10 @@ class GradientChange(L1Statistic):
 
     def _comparable(self, parameter: Tensor) -> bool:
         previous = self.previous.get(parameter)
-        if previous is None or self._versions.get(parameter, previous._version) == previous._version:
-            return previous is not None
+        if not self._is_here(parameter) or previous is None:
+            return False
+        if self._versions.get(parameter, previous._version) == previous._version:
+            return True
         if self._may_keep:
             logger.warning(
                 "GradES: something wrote to a gradient after the optimizer step that used it; the comparison of "

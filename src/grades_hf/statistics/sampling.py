@@ -37,6 +37,10 @@ class Sampler:
         self._names = names
         self._indices: dict[Tensor, Tensor] = {}
 
+    def add(self, names: Mapping[Tensor, str]) -> None:
+        """More parameters will be asked for."""
+        self._names = {**self._names, **names}
+
     def number(self, parameter: Tensor) -> int:
         """Elements in the sample of `parameter`."""
         return min(self.size, parameter.numel())
@@ -48,7 +52,7 @@ class Sampler:
     def take(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         """A copy of the sample of `tensor`, which has the shape of `parameter`: (n,) elements of its dtype."""
         index = self._indices.get(parameter)
-        if index is None:
+        if index is None or index.device != parameter.device:
             index = self._indices[parameter] = self._index(parameter).to(parameter.device)
         return torch.index_select(_flat(tensor, parameter), 0, index)
 

@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from .components import Component, survey
-from .config import GradESConfig
-from .structure import Site
+from ..config import GradESConfig
+from ..find.components import Component, survey
+from ..find.structure import Site
 
 
 def build(source: str) -> PreTrainedModel:

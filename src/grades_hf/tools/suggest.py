@@ -1,16 +1,14 @@
 """Which thresholds would have given a run a certain compute? Found by replaying Algorithm 1 on what it recorded.
 
-The run must have frozen nothing (`recipes/finetune.py --observe`). One number is sought, the same for all: what each
-group's own level is multiplied with. That level is the median of the group's values after the grace period.
+The run must have frozen nothing: record one with a tau that nothing falls below, such as 1e-30. One number is sought,
+the same for all: what each group's own level is multiplied with. That level is the median of the group's values after
+the grace period.
 
-The replay is exact for the values as they are recorded. A run that really freezes has other values from the first
-freezing on: clipping hands a frozen matrix's part of the norm to the others, for example.
-
-Compute, as a part of the run with nothing frozen (its steps cost 1 each): a step costs 1 less the weight gradients of
+Compute, as a part of the run with nothing frozen (its steps cost 1 each): a step costs 1 minus the weight gradients of
 what was frozen at an earlier step (at its own step a matrix's gradient is still computed, since it is measured), and
-with `freeze_prefix` also less the input gradients of the lowest blocks that are frozen as a whole. The steps after the
-end of training cost nothing. Optimizer, norms and the measuring itself are left out. Shares come from the
-`costs` in the run's results.json; without them every step is taken as three equal products for each tracked matrix
+with `freeze_prefix` also minus the input gradients of the lowest blocks that are frozen as a whole. The steps after the
+end of training cost nothing. The measuring itself is left out. What share of a step each weight gradient is, the
+history says (`History.shares`); without it every step is taken as three equal products for each tracked matrix
 (forward, input gradient, weight gradient), which holds for full weights alone.
 """
 
@@ -21,49 +19,29 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
 from typing import Any
 
-from .config import DEFAULTS, is_count
-from .criteria import Threshold, grace_steps
-from .history import History
-from .report.plots import grid_of
-from .report.summary import group_label
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import grace_steps, is_count
+from ..record.history import History
+from ..report.summary import CELLS, finite, step_tables, visible
 
 BY = ("all", "group", "projection")
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Shares of a step with nothing frozen.
-
-    Attributes:
-        weight_gradient: Of each component, by name.
-        input_gradient: Of each block from the lowest up; empty where that is not known.
-    """
-
-    weight_gradient: dict[str, float]
-    input_gradient: tuple[float, ...] = ()
+AT_ONCE = 0.05  # part of the run within which everything freezes "at once"
+LARGEST = 1e300  # of a value; what is larger counts as none
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Thresholds and what they would have done.
+    """Thresholds and what they would have done."""
 
-    Attributes:
-        tau: Group -> threshold, as `GradESConfig(tau=...)` takes it; the only key of `by="all"` is `".*"`.
-        compute: Part of the run's compute that was left.
-        more: The next larger compute that any thresholds of this family give; 1.0 where that is freezing nothing.
-        frozen: Component name -> the step that it would have frozen at.
-        last_step: The last step of the run.
-    """
-
-    tau: dict[str, float]
-    compute: float
-    more: float
-    frozen: dict[str, int]
-    last_step: int
+    tau: dict[str, float]  # group -> threshold, as `GradESConfig(tau=...)` takes it; of `by="all"` the only key is ".*"
+    compute: float  # the part of the run's compute that was left
+    more: float  # the next larger compute that any thresholds of this family give; 1.0 where that is freezing nothing
+    frozen: dict[str, int]  # component name -> the step that it would have frozen at
+    last_step: int  # of the run
 
 
 @dataclass(frozen=True)
@@ -71,17 +49,21 @@ class Rule:
     """The options of the replayed run, as in `GradESConfig`; `grace` is `ceil(alpha T)`."""
 
     grace: int
-    patience: int
-    max_frozen_fraction: float
-    delay_transfer: bool
-    freeze_prefix: bool
+    patience: int = 1
+    max_frozen_fraction: float = 1.0
+    delay_transfer: bool = False
+    freeze_prefix: bool = False
+
+
+# The steps at which a component reaches a new low over `patience` checks, and these lows: all that a replay needs.
+Lows = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
 def suggest(
     history: History,
     target_compute: float,
     *,
-    costs: Costs | None = None,
+    shares: Mapping[str, float] | None = None,
     by: str = "projection",
     alpha: float | None = None,
     patience: int | None = None,
@@ -92,46 +74,38 @@ def suggest(
     Args:
         history: Of a run in which nothing froze.
         target_compute: Part of the run's compute, between 0 and 1.
-        costs: Shares of a step; default: three equal products a matrix.
+        shares: Component name -> the share of a step that its weight gradient is; default: the history's, or three
+            equal products a matrix.
         by: What gets a threshold of its own: `"projection"` (q, k, up, ...), `"group"` (attention, mlp, ...), in models
             with several towers those of each tower, or `"all"`.
-        alpha: As in `GradESConfig`; default: that of the run.
-        patience: The same.
-        freeze_prefix: The same.
+        alpha, patience, freeze_prefix: As in `GradESConfig`; default: those of the run.
 
     Raises:
-        ValueError: an argument cannot be, the run froze something, or no threshold gives so little compute.
+        ValueError: an argument cannot be, the run froze something or says too little, or no threshold gives so little
+            compute.
     """
-    rule = _rule(history, alpha, patience, freeze_prefix)
-    costs = costs or equal_costs(history)
     if not 0 < target_compute < 1:
         raise ValueError(f"target_compute={target_compute} must be a number between 0 and 1.")
     if by not in BY:
         raise ValueError(f"by={by!r} is unknown; use one of {', '.join(BY)}.")
-    if history.events:
-        raise ValueError(
-            f"the run froze {len(history.events)} of {len(history.components)} components, so their values are missing "
-            "from then on. Record a run that freezes nothing: recipes/finetune.py --observe."
-        )
-    if rule.freeze_prefix and not costs.input_gradient:
-        raise ValueError("freeze_prefix=True needs the cost of each block, which the run's results.json does not hold.")
-    groups = {component["name"]: group_key(component, by) for component in history.components}
-    values: dict[str, list[float]] = {key: [] for key in groups.values()}
-    for name, series in history.values.items():
-        pairs = zip(history.steps, series, strict=True)
-        values[groups[name]] += [v for step, v in pairs if step > rule.grace and math.isfinite(v)]
-    empty = [key for key, found in values.items() if not found]
-    if empty:
-        raise ValueError(f"no value was recorded after step {rule.grace} for {empty[0]!r}; lower alpha.")
-    levels = {key: median(found) for key, found in values.items()}
-    # A threshold between two neighbouring values does the same as any other between them.
-    ratios = sorted({value / levels[key] for key, found in values.items() for value in found})
-    scales = [(low * high) ** 0.5 for low, high in itertools.pairwise(ratios)] + [2 * ratios[-1]]
+    rule = _rule(history, alpha, patience, freeze_prefix)
+    _refuse(history)
+    shares = shares_of(history) if shares is None else shares
+    blocks = _blocks(history, shares) if rule.freeze_prefix else []
+    keys = {component["name"]: group_key(component, by) for component in history.components}
+    levels = _levels(history, keys, rule)
+    lows = {name: _lows(history, name, rule) for name in keys}
+    # A threshold between two neighbouring lows does the same as any other between them.
+    ratios = np.unique(np.concatenate([lows[name][1] / levels[key] for name, key in keys.items()]))
+    ratios = ratios[(ratios > 0) & np.isfinite(ratios)]
+    if not len(ratios):
+        raise ValueError("no value greater than 0 was recorded often enough to replay; lower alpha or patience.")
+    scales = [float(ratios[0]) / 2, *(float(low * high) ** 0.5 for low, high in itertools.pairwise(ratios))]
+    scales.append(2 * float(ratios[-1]))
 
     def replayed(scale: float) -> tuple[float, dict[str, int], int]:
-        tau = {name: scale * levels[key] for name, key in groups.items()}
-        frozen, last = replay(history, tau, rule)
-        return compute(history, frozen, last, costs, rule), frozen, last
+        frozen, last = replay(history, {name: scale * levels[key] for name, key in keys.items()}, rule, lows)
+        return compute(history, frozen, last, shares, blocks), frozen, last
 
     least = replayed(scales[-1])[0]
     if least > target_compute:
@@ -148,91 +122,78 @@ def suggest(
     return Suggestion({key: scales[high] * level for key, level in levels.items()}, used, more, frozen, last)
 
 
-def replay(history: History, tau: Mapping[str, float], rule: Rule) -> tuple[dict[str, int], int]:
-    """Algorithm 1 on recorded values.
-
-    Args:
-        history: Of a run in which nothing froze.
-        tau: Component name -> threshold.
-        rule: The other options.
+def replay(
+    history: History, tau: Mapping[str, float], rule: Rule, lows: Mapping[str, Lows] | None = None
+) -> tuple[dict[str, int], int]:
+    """Algorithm 1 on recorded values, with these thresholds by component.
 
     Returns:
         Component name -> the step that it freezes at, in that order; and the last step of the run.
     """
-    criterion = Threshold(tau.__getitem__, rule.patience)
-    frozen: dict[str, int] = {}
-    names = [component["name"] for component in history.components]
-    for index, step in enumerate(history.steps):
-        if step <= rule.grace:
-            continue
-        at = step + rule.delay_transfer
-        if at > history.total_steps:
-            break
-        for name in names:
-            if name not in frozen and criterion.update(name, step, history.values[name][index]):
-                frozen[name] = at
-        if len(frozen) / len(names) >= rule.max_frozen_fraction:
-            return frozen, at
-    return frozen, _length(history)
+    lows = lows or {name: _lows(history, name, rule) for name in tau}
+    found: dict[str, int] = {}
+    for name, (steps, values) in lows.items():
+        place = int(np.searchsorted(-values, -tau[name], side="right"))  # the first low below tau
+        if place < len(steps) and (at := int(steps[place]) + rule.delay_transfer) <= history.total_steps:
+            found[name] = at
+    taking_part = max(1, sum(len(values) > 0 for _, values in lows.values()))
+    number, order = 0, sorted(found, key=found.__getitem__)
+    for at, names in itertools.groupby(order, found.__getitem__):
+        number += len(list(names))
+        if number / taking_part >= rule.max_frozen_fraction:
+            return {name: found[name] for name in order[:number]}, at
+    return {name: found[name] for name in order}, _length(history)
 
 
-def compute(history: History, frozen: Mapping[str, int], last_step: int, costs: Costs, rule: Rule) -> float:
-    """The part of T whole steps that a run costs, see the top of this file."""
-    saved = sum(costs.weight_gradient[name] * (last_step - at) for name, at in frozen.items())
-    if rule.freeze_prefix:
-        ends: dict[int, int] = {}  # block -> the step that the last of its components freezes at
-        for component in history.components:
-            layer = component["layer"]
-            if layer is not None:
-                ends[layer] = max(ends.get(layer, 0), frozen.get(component["name"], last_step))
-        end = 0
-        for layer, share in enumerate(costs.input_gradient):
-            end = max(end, ends.get(layer, last_step))
-            saved += share * (last_step - end)
+def compute(
+    history: History, frozen: Mapping[str, int], last_step: int, shares: Mapping[str, float], blocks: Sequence[float]
+) -> float:
+    """The part of T whole steps that a run costs, see the top of this file; `blocks`: shares of input gradients."""
+    saved = sum(shares.get(name, 0.0) * (last_step - at) for name, at in frozen.items())
+    ends: dict[int, int] = {}  # block -> the step that the last of its components freezes at
+    for component in history.components:
+        layer = -1 if component["layer"] is None else component["layer"]
+        ends[layer] = max(ends.get(layer, 0), frozen.get(component["name"], last_step))
+    end = 0
+    for layer, share in enumerate(blocks):
+        end = max(end, ends.get(layer, last_step))
+        saved += share * (last_step - end)
     return (last_step - saved) / _length(history)
 
 
-def equal_costs(history: History) -> Costs:
-    """Three equal products a matrix: forward, input gradient, weight gradient.
+def shares_of(history: History) -> dict[str, float]:
+    """Component name -> the share of a step that its weight gradient is.
 
     Raises:
-        ValueError: the run trained adapters, whose base is not in the history.
+        ValueError: the history does not say, and the run trained adapters, whose base is not in it.
     """
+    counted = history.shares
+    if counted and all(finite(share) and share >= 0 for share in counted.values()):
+        return dict(counted)
     if any(component["adapter"] for component in history.components):
         raise ValueError(
-            "the run trained adapters, and what share of a step their gradients are is only known with the run's "
-            "results.json. Record it with recipes/finetune.py --observe."
+            "the run trained adapters, and its history does not say what share of a step they are: FLOPs were not "
+            "counted (a compiled model, or a record of grades-hf 0.1.0). Record the run anew."
         )
-    whole = 3 * sum(component["numel"] for component in history.components)
-    layers: dict[int, float] = {}
-    for component in history.components:
-        if component["layer"] is not None and component["tower"] is None:
-            layers[component["layer"]] = layers.get(component["layer"], 0.0) + component["numel"] / whole
-    shares = {component["name"]: component["numel"] / whole for component in history.components}
-    return Costs(shares, tuple(layers[layer] for layer in sorted(layers)))
-
-
-def load_costs(folder: Path) -> Costs | None:
-    """The costs in a run's results.json; None where there are none.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    file = folder / "results.json"
-    if not file.is_file():
-        return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("costs")
-        return Costs(dict(found["weight_gradient"]), tuple(found["input_gradient"])) if found else None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}.") from error
+    whole = 3 * max(1, sum(component["numel"] for component in history.components))
+    return {component["name"]: component["numel"] / whole for component in history.components}
 
 
 def group_key(component: Mapping[str, Any], by: str) -> str:
     """The key of `GradESConfig.tau` that stands for a component's group."""
-    if by == "all":
-        return ".*"
-    return ".".join(filter(None, (component["tower"], str(component[by]))))
+    return ".*" if by == "all" else ".".join(filter(None, (component["tower"], str(component[by]))))
+
+
+def warning(history: History, suggestion: Suggestion) -> str | None:
+    """What is to be said against these thresholds, in a sentence; None where nothing is."""
+    steps, total = suggestion.frozen.values(), len(history.components)
+    if len(steps) < total or total < 2 or max(steps) - min(steps) > AT_ONCE * history.total_steps:
+        return None
+    when = f"at step {min(steps)}" if min(steps) == max(steps) else f"between steps {min(steps)} and {max(steps)}"
+    return (
+        f"Warning: all {total} components would freeze at once, {when}: such a run is simply stopped there. Ask for "
+        "more compute, raise patience, or train for fewer steps."
+    )
 
 
 def to_text(history: History, suggestion: Suggestion, by: str = "projection") -> str:
@@ -244,61 +205,107 @@ def to_text(history: History, suggestion: Suggestion, by: str = "projection") ->
         f"frozen: {len(frozen)} of {total} components; last step {suggestion.last_step} of {_length(history)}",
         "",
         f"tau: {next(iter(taus.values())) if by == 'all' else json.dumps(taus)}",
-        "",
     ]
-    columns, rows = grid_of(history)
-    cells: dict[tuple[Any, str], list[int | None]] = {}
-    for component in history.components:
-        column = f"{component['tower']} {component['projection']}" if component["tower"] else component["projection"]
-        cells.setdefault((component["layer"], column), []).append(frozen.get(component["name"]))
-    table = [["layer", *columns]]
-    for row in rows:
-        table.append(["none" if row is None else str(row), *(_steps(cells.get((row, column))) for column in columns)])
-    widths = [max(len(line[index]) for line in table) for index in range(len(table[0]))]
-    lines += ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-    by_group: dict[str, list[str]] = {}
-    for component in history.components:
-        by_group.setdefault(group_label(component), []).append(component["name"])
-    lines.append("")
-    for label, names in by_group.items():
-        steps = sorted(frozen[name] for name in names if name in frozen)
-        span = f", steps {steps[0]} to {steps[-1]}" if steps else ""
-        lines.append(f"{label}: {len(steps)} of {len(names)} frozen{span}")
-    lines += [
-        "",
-        "The step at which each matrix would have frozen (. never; with several in one place the first, and + if not",
-        "all froze). A run that freezes has other values from its first freezing on, so its compute will differ.",
-    ]
+    if history.config.get("tau") is None:  # whose statistic is not the one that a tau has by default
+        monitor = str(history.components[0]["monitor"])
+        lines.append(f"These hold for monitor={monitor!r}, which the run has measured.")
+    if warned := warning(history, suggestion):
+        lines += ["", warned]
+    for tower, table in step_tables(history, frozen):
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines += ["", *([visible(tower)] if tower else [])]
+        lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    lines += ["", CELLS, "A run that freezes has other values from its first freezing on, so its compute will differ."]
     return "\n".join(lines) + "\n"
+
+
+def _refuse(history: History) -> None:
+    """Raise a ValueError where the run cannot be replayed."""
+    if history.events:
+        raise ValueError(
+            f"the run froze {len(history.events)} of {len(history.components)} components, so their values are missing "
+            "from then on. Record a run that freezes nothing, with tau=1e-30."
+        )
+    if not len(history.steps) or not history.components:
+        raise ValueError("the run recorded no values, so there is nothing to replay.")
+    if history.config.get("tau") is None and any(component["adapter"] for component in history.components):
+        raise ValueError(
+            "a run without a tau measures only the second matrix of each LoRA pair, and with a tau both count, so its "
+            "values say nothing about thresholds. Record a run that freezes nothing, with tau=1e-30."
+        )
+
+
+def _late(history: History, name: str, rule: Rule) -> Lows:
+    """The steps after the grace period at which a component was measured, and its values."""
+    series = np.asarray(history.values[name], dtype=np.float64)
+    steps = np.asarray(history.steps, dtype=np.int64)[: len(series)]
+    return steps[steps > rule.grace], series[: len(steps)][steps > rule.grace]
+
+
+def _levels(history: History, keys: Mapping[str, str], rule: Rule) -> dict[str, float]:
+    """Key -> the median of its values greater than 0 after the grace period; where there are none, of all."""
+    values: dict[str, list[NDArray[np.float64]]] = {key: [] for key in keys.values()}
+    for name, key in keys.items():
+        found = _late(history, name, rule)[1]
+        values[key].append(found[(found > 0) & (found < LARGEST)])
+    together = {key: np.concatenate(parts) for key, parts in values.items()}
+    everything = np.concatenate(list(together.values()))
+    if not len(everything):
+        raise ValueError(
+            f"no value greater than 0 was recorded after step {rule.grace}, so no threshold can be told; lower alpha, "
+            "or train longer."
+        )
+    return {key: float(np.median(part if len(part) else everything)) for key, part in together.items()}
+
+
+def _lows(history: History, name: str, rule: Rule) -> Lows:
+    steps, series = _late(history, name, rule)
+    if len(series) < rule.patience:
+        return steps[:0], series[:0]
+    series = np.where(series < LARGEST, series, math.inf)  # what is no value is below no threshold
+    lowest = np.minimum.accumulate(np.lib.stride_tricks.sliding_window_view(series, rule.patience).max(axis=1))
+    new = lowest < np.concatenate([[math.inf], lowest[:-1]])
+    return steps[rule.patience - 1 :][new], lowest[new]
+
+
+def _blocks(history: History, shares: Mapping[str, float]) -> list[float]:
+    """The share of the input gradients of each block, from the lowest up: as much as its weight gradients.
+
+    Raises:
+        ValueError: the history does not say what they cost.
+    """
+    if any(component["adapter"] or component["tower"] for component in history.components):
+        raise ValueError(
+            "freeze_prefix=True needs the cost of each block, which is known for full weights of a model with one "
+            "sequence of blocks alone. Leave --freeze-prefix out."
+        )
+    layers: dict[int, float] = {}
+    for component in history.components:
+        if component["layer"] is not None:
+            layers[component["layer"]] = layers.get(component["layer"], 0.0) + shares.get(component["name"], 0.0)
+    return [layers[layer] for layer in sorted(layers)]
 
 
 def _length(history: History) -> int:
     """The steps that were made: all that were planned, unless checks are missing at the end."""
-    last, every = max(history.steps), history.config["check_every"]
+    last, every = max(1, int(max(history.steps))), int(history.config.get("check_every") or 1)
     return history.total_steps if history.total_steps - last < every else last
 
 
-def _steps(steps: Sequence[int | None] | None) -> str:
-    if steps is None:
-        return ""
-    known = [step for step in steps if step is not None]
-    return (f"{min(known)}" if known else ".") + ("+" if known and len(known) < len(steps) else "")
-
-
 def _rule(history: History, alpha: float | None, patience: int | None, freeze_prefix: bool | None) -> Rule:
-    config = DEFAULTS["threshold"] | {name: value for name, value in history.config.items() if value is not None}
-    alpha = config["alpha"] if alpha is None else alpha
-    patience = config["patience"] if patience is None else patience
-    if not 0 <= alpha < 1:
+    config = history.config
+    if alpha is None:
+        alpha = config.get("alpha") if config.get("tau") is not None else None
+    alpha = 0.5 if alpha is None else alpha
+    patience = patience if patience is not None else config.get("patience") or 1
+    if not finite(alpha) or not 0 <= alpha < 1:
         raise ValueError(f"alpha={alpha} must be a number in [0, 1).")
     if not is_count(patience):
         raise ValueError(f"patience={patience} must be a whole number of checks, 1 or more.")
-    if not history.steps:
-        raise ValueError("the run recorded no values, so there is nothing to replay.")
     return Rule(
-        grace=grace_steps(alpha, history.total_steps),
-        patience=patience,
-        max_frozen_fraction=config["max_frozen_fraction"],
-        delay_transfer=config.get("delay_transfer", False),
-        freeze_prefix=config.get("freeze_prefix", False) if freeze_prefix is None else freeze_prefix,
+        grace_steps(alpha, history.total_steps),
+        patience,
+        config.get("max_frozen_fraction") or 1.0,
+        bool(config.get("delay_transfer")),
+        bool(config.get("freeze_prefix")) if freeze_prefix is None else freeze_prefix,
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import TrainerState
+from torch import Tensor
+from transformers import TrainerState, TrainingArguments
 
 from ...engine import GradES
 from ...find.structure import plain_path
@@ -27,60 +27,140 @@ def stateful(state: TrainerState) -> dict[str, Any]:
     return cast("dict[str, Any]", state.stateful_callbacks)
 
 
-def resume(engine: GradES, name: str, state: TrainerState, path: Path) -> None:
+def state(engine: GradES, args: TrainingArguments | None) -> dict[str, Any]:
+    """What trainer_state.json holds of a run."""
+    return {**engine.state_dict(tensors=False), "training": {} if args is None else _training(args)}
+
+
+def _training(args: TrainingArguments) -> dict[str, Any]:
+    """The training arguments that the scale of a gradient depends on."""
+    return {
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "world_size": args.world_size,
+        "max_grad_norm": args.max_grad_norm,
+    }
+
+
+def resume(engine: GradES, name: str, state: TrainerState, path: Path, args: TrainingArguments) -> None:
     """Go on from the checkpoint that Trainer has loaded.
 
     Args:
         engine: The engine of the resumed run.
         name: The class name of the callback.
         state: Trainer's state.
-        path: The history's file.
+        path: The directory of the history.
+        args: The training arguments.
 
     Raises:
         ValueError: the checkpoint holds no usable state of GradES, or contradicts itself.
     """
-    saved = stateful(state).get(name)
-    try:
-        found = None if saved is None else dict(saved["attributes"]["checkpoint"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            "trainer_state.json of the checkpoint holds no usable state of GradES, so it is not known what was frozen "
-            f"({error!r}). Resume from another checkpoint."
-        ) from error
-    if found is None:
+    saved = _saved(state, name)
+    if saved is None:
         logger.warning(
             "GradES: the checkpoint of step %d was made without GradES; nothing is frozen so far.", state.global_step
         )
-        found = {"step": state.global_step, "events": [], "criterion": {}}
-    elif found.get("step") != state.global_step:
-        raise ValueError(
-            f"the checkpoint contradicts itself: GradES saved its state at step {found.get('step')!r}, "
-            f"trainer_state.json says step {state.global_step}. Resume from another checkpoint."
-        )
-    engine.load_state_dict(found)
+        found: dict[str, Any] = {"step": state.global_step, "events": [], "criterion": {}}
+    else:
+        found = saved
+    earlier = _step_of(found, state)
+    engine.load_state_dict({**found, "step": state.global_step})
     tensors = _take_tensors(engine)
     if engine.ranks.sharded:
-        tensors = _shards(engine, tensors, state, path.parent)
+        tensors = _shards(engine, tensors, state, path)
+    if earlier < state.global_step:
+        _say(
+            state,
+            "GradES: steps %d to %d were trained without GradES. What had frozen before is frozen again, and what is "
+            "compared over steps (gradients, the average of the weights) begins anew.",
+            earlier + 1,
+            state.global_step,
+        )
+        tensors = {}
     engine.load_tensors(tensors)
     try:
-        adopt_history(engine, History.load(path), found.get("checksum"))
+        history = History.load(path)
+        if earlier < state.global_step:
+            history.truncate(earlier)
+        adopt_history(engine, history, found.get("checksum"))
     except (FileNotFoundError, ValueError) as error:
-        if saved is not None and state.is_world_process_zero:
-            logger.warning("GradES: earlier values are lost from the history, training is not affected: %s", error)
+        if saved is not None:
+            _say(state, "GradES: earlier values are lost from the history, training is not affected: %s", error)
+    if saved is not None and not engine.done:
+        _compare(found.get("training"), _training(args), engine, state)
     if engine.done:
-        # Trainer takes one more step before it looks whether it should stop; nothing may change in it, but backward
-        # needs something that requires a gradient.
-        engine.freezer.release()
-        if (merging := engine.extension("merging")) is not None:
-            merging.release()
         logger.info("GradES: the checkpoint of step %d is the end of its run; nothing is left to train.", engine.t)
 
 
-def void_step(engine: GradES, model: nn.Module) -> None:
-    """The one step that Trainer takes after a run that is over: the update finds no gradient."""
-    if (scaler := engine.extension("scaler")) is not None:
-        scaler.unscale()  # a gradient scaler wants to see gradients once a step
-    model.zero_grad(set_to_none=True)
+def _saved(state: TrainerState, name: str) -> dict[str, Any] | None:
+    """The state of the callback of this class name, or of another GradESCallback (a subclass); None without any."""
+    every = stateful(state)
+    others = [key for key, value in every.items() if key != name and _is_ours(value)]
+    for key in [name, *others]:
+        if key in every:
+            try:
+                return dict(every[key]["attributes"]["checkpoint"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    "trainer_state.json of the checkpoint holds no usable state of GradES, so it is not known what was "
+                    f"frozen ({error!r}). Resume from another checkpoint."
+                ) from error
+    return None
+
+
+def _is_ours(saved: Any) -> bool:
+    attributes = saved.get("attributes") if isinstance(saved, Mapping) else None
+    found = attributes.get("checkpoint") if isinstance(attributes, Mapping) else None
+    return isinstance(found, Mapping) and {"format", "frozen", "criterion"} <= found.keys()
+
+
+def _step_of(found: Mapping[str, Any], state: TrainerState) -> int:
+    """The step at which GradES saved its state.
+
+    Raises:
+        ValueError: it is none, or later than the checkpoint.
+    """
+    step = found.get("step")
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= state.global_step:
+        raise ValueError(
+            f"the checkpoint contradicts itself: GradES saved its state at step {str(step)[:50]!r}, "
+            f"trainer_state.json says step {state.global_step}. Resume from another checkpoint."
+        )
+    return step
+
+
+def _compare(before: Any, now: Mapping[str, Any], engine: GradES, state: TrainerState) -> None:
+    """Say once where the gradients of the checkpoint's run had another scale than those of this one."""
+    if not isinstance(before, Mapping) or before.keys() != now.keys():
+        return
+    rows, clipped = [], []
+    for training in (before, now):
+        numbers = [training[name] for name in training]
+        if not all(isinstance(number, (int, float)) and 0 <= number < 1e9 for number in numbers):
+            return
+        rows.append(numbers[0] * numbers[1] * numbers[2])
+        clipped.append(numbers[3])
+    if rows[0] == rows[1] and (clipped[0] == clipped[1] or engine.ending is not None):
+        return
+    changed = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name])
+    means = (
+        "what falls below tau may do so for that reason"
+        if engine.ending is None
+        else "a rise over the minimum of before may be due to that, and looks come at other steps"
+    )
+    _say(
+        state,
+        "GradES: the checkpoint was trained with other arguments (%s), so gradients, and with them the statistic, have "
+        "another scale from step %d on: %s.",
+        changed,
+        state.global_step + 1,
+        means,
+    )
+
+
+def _say(state: TrainerState, line: str, *values: Any) -> None:
+    if state.is_world_process_zero:
+        logger.warning(line, *values)
 
 
 def save_tensors_with(optimizer: torch.optim.Optimizer | None, engine: GradES) -> Callable[[], None]:
@@ -109,21 +189,36 @@ def save_tensors_with(optimizer: torch.optim.Optimizer | None, engine: GradES) -
 
 
 def _take_tensors(engine: GradES) -> dict[str, dict[Tensor, Tensor]]:
-    """Take our tensors out of the optimizer's state, into which Trainer has loaded them: kind -> parameter -> tensor."""
+    """Take our tensors out of the optimizer's state, into which Trainer has loaded them: kind -> parameter -> tensor.
+
+    What does not fit its parameter (a damaged file) is left out.
+    """
     found: dict[str, dict[Tensor, Tensor]] = {}
     for optimizer in engine.optimizers:
         parameters = {index: parameter for parameter, index in _indices(optimizer).items()}
         state = cast("dict[Any, Any]", optimizer.state)
         for key in [key for key in state if isinstance(key, str) and key.startswith(PREFIX)]:
-            for index, tensor in state.pop(key).items():
+            entries = state.pop(key)
+            for index, tensor in entries.items() if isinstance(entries, Mapping) else ():
                 if index in parameters:
                     found.setdefault(key.removeprefix(PREFIX), {})[parameters[index]] = tensor
         for parameter in list(state):
-            for key in [key for key in state[parameter] if str(key).startswith(PREFIX)]:
-                found.setdefault(key.removeprefix(PREFIX), {})[parameter] = state[parameter].pop(key)
-            if not state[parameter]:
+            own = state[parameter]
+            for key in [key for key in own if str(key).startswith(PREFIX)] if isinstance(own, dict) else ():
+                found.setdefault(key.removeprefix(PREFIX), {})[parameter] = own.pop(key)
+            if not own:
                 del state[parameter]
-    return found
+    sample = engine.config.sample_size
+    return {
+        kind: {p: t for p, t in tensors.items() if _fits(t, p, sample if kind == "previous" else None)}
+        for kind, tensors in found.items()
+    }
+
+
+def _fits(tensor: Any, parameter: Tensor, sample: int | None) -> bool:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return False
+    return tensor.shape == parameter.shape or (sample is not None and tensor.shape == (min(sample, parameter.numel()),))
 
 
 def _shards(
@@ -142,7 +237,7 @@ def _shards(
         if not shards[kind] and folder.is_dir():
             held = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             if (held.log_history, held.stateful_callbacks) == (state.log_history, state.stateful_callbacks):
-                names = {p: plain_path(name) for name, p in engine.model.named_parameters()}
+                names: dict[Tensor, str] = {p: plain_path(name) for name, p in engine.model.named_parameters()}
                 keys = {p: f"optimizer.state.{names[p]}.{PREFIX}{kind}" for p in parameters}
                 shards[kind] = from_folder(folder, keys)
     return shards

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import re
-from collections.abc import Callable, Iterator
+import logging
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,81 +16,169 @@ from transformers.trainer_pt_utils import nested_detach
 
 from ...config import GradESConfig
 from ...ending import Rows
+from ...ending.look import unseen
+from ..unnoted import unnoted
 
-_BOOKS = re.compile(r"_(metrics|logs)$")  # what TRL's trainers note while they compute a loss
+logger = logging.getLogger(__name__)
+
+FEWEST = 16  # units of a look, at least, where a unit is a batch
+
+WAYS_OUT = "Pass held_out (a function from the model to the losses of held-out rows is always possible), or pass a tau."
 
 
-def held_out_rows(config: GradESConfig, trainer: Trainer | None, source: Any, metric: str | None) -> Any:
+def held_out_rows(
+    config: GradESConfig, trainer: Trainer | None, model: nn.Module, source: Any, metric: str | None
+) -> Any:
     """What the engine gets as `held_out`: the user's rows, or else the trainer's, with the trainer's own loss.
+
+    One row is tried, so that what cannot work is known before the first step. Where the loss compares the rows of a
+    batch (contrastive losses), a look consists of small batches, otherwise of single rows.
 
     Args:
         config: The options.
         trainer: The trainer; None where it is unknown.
+        model: What is trained.
         source: The user's `held_out`.
         metric: The user's `look_metric`.
 
     Raises:
-        ValueError: the trainer makes its own rows, or has no `compute_metrics` for `metric`.
+        ValueError: the trainer makes its own rows, computes no loss for a held-out row, or has no `compute_metrics` for
+            `metric`.
     """
     if config.tau is not None:
         if source is not None or metric is not None:
             raise ValueError(
-                f"{'held_out' if source is not None else 'look_metric'} is about looks at held-out rows, and with a tau "
-                "there are none. Leave it or the tau out."
+                f"{'held_out' if source is not None else 'look_metric'} is about looks at held-out rows, and with a "
+                "tau there are none. Leave it or the tau out."
             )
         return None
     if trainer is None or (callable(source) and not hasattr(source, "__getitem__")):
         return source
-    if hasattr(trainer, "reward_funcs") or hasattr(trainer, "reward_processing_classes"):
+    if hasattr(trainer, "reward_funcs") or "generation_config" in vars(trainer):
         raise ValueError(
-            f"GradES without a tau cannot work with {type(trainer).__name__}: it trains on what the model generates, so "
-            "no held-out row has a loss to look at. Pass a tau."
+            f"GradES without a tau cannot work with {type(trainer).__name__}: it trains on what the model generates, "
+            "so no held-out row has a loss to look at. Pass a tau, or held_out, a function from the model to the "
+            "losses of held-out rows."
         )
     source = trainer.eval_dataset if source is None else source
     if source is None:
         return None
-    loss = _loss(trainer) if metric is None else _metric(trainer, metric)
+    if source is trainer.train_dataset:
+        logger.warning(
+            "GradES: the held-out rows are the training rows, so looks at them cannot see when a run overfits. Give "
+            "the trainer an eval_dataset of other rows."
+        )
+    loss: _Loss = _TrainedLoss(trainer) if metric is None else _Metric(trainer, metric)
     parts = list(source.values()) if isinstance(source, dict) else [source]
-    rows = [_rows(trainer, part, -(-config.look_rows // len(parts)), loss) for part in parts]
-    return Rows.joined(rows)
+    loaders = [part if isinstance(part, DataLoader) else trainer.get_eval_dataloader(part) for part in parts]
+    number = -(-config.look_rows // len(loaders))
+
+    def rows(size: int) -> Rows:
+        return Rows.joined([Rows(loader, number, loss, size=size) for loader in loaders])
+
+    found = rows(1)
+    size = max(2, min(trainer.args.per_device_eval_batch_size, len(found) // FEWEST))
+    if _compares_rows(trainer):
+        found = rows(size)
+    with unseen(model):
+        tried = found.first(model)
+        if metric is None and tried == 0 and found.size == 1:  # nothing to compare a row with?
+            batches = rows(size)
+            found = batches if batches.first(model) != 0 else found
+    return found
 
 
-def _rows(trainer: Trainer, source: Any, number: int, loss: Callable[[nn.Module, Any], Tensor]) -> Rows:
-    loader = source if isinstance(source, DataLoader) else trainer.get_eval_dataloader(source)
-    return Rows(loader, number, loss)
+def _compares_rows(trainer: Trainer) -> bool:
+    """Whether the loss of a batch is more than the mean over its rows: sentence-transformers' losses, KTO's."""
+    return type(getattr(trainer, "loss", None)).__module__.startswith("sentence_transformers.") or bool(
+        getattr(trainer, "calculate_KL", False)
+    )
 
 
-def _loss(trainer: Trainer) -> Callable[[nn.Module, Any], Tensor]:
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        with _unnoted(trainer):
-            value, _, _ = trainer.prediction_step(model, batch, prediction_loss_only=True)
-        if value is None:
+class _Loss:
+    """A number that a trainer computes for a batch of held-out rows; it keeps the trainer not alive.
+
+    Whatever the trainer notes, counts or logs meanwhile is taken back.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = weakref.ref(trainer)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        trainer = self._trainer()
+        assert trainer is not None
+        noting = [item for item in (trainer, getattr(trainer, "loss", None)) if hasattr(item, "__dict__")]
+        with unnoted(noting[:1], log=_silent), unnoted(noting[1:]):
+            return self.of(trainer, model, batch)
+
+    def of(self, trainer: Trainer, model: nn.Module, batch: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class _TrainedLoss(_Loss):
+    """The loss that the trainer trains on, whoever computes it: the model, a loss function, a subclass."""
+
+    _way: Callable[[Trainer, nn.Module, Any], Any] | None = None
+
+    def of(self, trainer: Trainer, model: nn.Module, batch: Any) -> Tensor:
+        if self._way is not None:
+            return self._way(trainer, model, batch)  # type: ignore[no-any-return]
+        reasons = []
+        for way in (_evaluated, _computed):
+            try:
+                loss = way(trainer, model, dict(batch) if isinstance(batch, dict) else batch)
+            except Exception as error:
+                reasons.append(error)
+                continue
+            if isinstance(loss, Tensor) and loss.numel() == 1:
+                self._way = way
+                return loss
+            reasons.append(ValueError(f"what comes out is {type(loss).__name__}, and not a tensor with one element"))
+        raise ValueError(
+            f"GradES without a tau looks at the loss of held-out rows, and {type(trainer).__name__} computes none for "
+            f"the first of them: {str(reasons[-1])[:300]}. Do the rows of eval_dataset have labels? {WAYS_OUT}"
+        ) from reasons[0]
+
+
+def _evaluated(trainer: Trainer, model: nn.Module, batch: Any) -> Any:
+    return trainer.prediction_step(model, batch, prediction_loss_only=True)[0]
+
+
+def _computed(trainer: Trainer, model: nn.Module, batch: Any) -> Any:
+    """Where an evaluation finds no labels, or a subclass has not thought of evaluations."""
+    with trainer.compute_loss_context_manager():
+        return trainer.compute_loss(model, trainer._prepare_inputs(batch))
+
+
+class _Metric(_Loss):
+    """A metric of the trainer's `compute_metrics`, turned so that less is better."""
+
+    def __init__(self, trainer: Trainer, name: str) -> None:
+        super().__init__(trainer)
+        if trainer.compute_metrics is None:
+            raise ValueError(f"look_metric={name!r} needs a trainer with compute_metrics, and this one has none.")
+        self._key = name.removeprefix("eval_")
+        args = trainer.args
+        known = (args.metric_for_best_model or "").removeprefix("eval_") == self._key
+        greater = args.greater_is_better if known else None
+        self._sign = -1.0 if greater or (greater is None and not self._key.endswith("loss")) else 1.0
+
+    def of(self, trainer: Trainer, model: nn.Module, batch: Any) -> Tensor:
+        found: Any = trainer.prediction_step(model, batch, prediction_loss_only=False)
+        _, logits, labels = found
+        if trainer.preprocess_logits_for_metrics is not None:
+            logits = trainer.preprocess_logits_for_metrics(logits, labels)
+        assert trainer.compute_metrics is not None
+        found = trainer.compute_metrics(EvalPrediction(predictions=_arrays(logits), label_ids=_arrays(labels)))
+        if self._key not in found:
             raise ValueError(
-                f"{type(trainer).__name__} computes no loss for a held-out row, so there is nothing to look at. Give "
-                "the rows of eval_dataset labels, pass held_out, or pass a tau."
+                f"look_metric={self._key!r} is none of what compute_metrics returns: {', '.join(map(str, found))}."
             )
-        return value
-
-    return loss
+        return torch.tensor(self._sign * float(found[self._key]))
 
 
-def _metric(trainer: Trainer, name: str) -> Callable[[nn.Module, Any], Tensor]:
-    compute = trainer.compute_metrics
-    if compute is None:
-        raise ValueError(f"look_metric={name!r} needs a trainer with compute_metrics, and this one has none.")
-    key = name.removeprefix("eval_")
-    best = trainer.args.greater_is_better
-    sign = 1.0 if best is False or (best is None and key.endswith("loss")) else -1.0
-
-    def metric(model: nn.Module, batch: Any) -> Tensor:
-        with _unnoted(trainer):
-            _, logits, labels = trainer.prediction_step(model, batch, prediction_loss_only=False)
-        found = compute(EvalPrediction(predictions=_arrays(logits), label_ids=_arrays(labels)))
-        if key not in found:
-            raise ValueError(f"look_metric={name!r} is none of what compute_metrics returns: {', '.join(found)}.")
-        return torch.tensor(sign * float(found[key]))
-
-    return metric
+def _silent(*_: Any, **__: Any) -> None:
+    """Stands in for `log` meanwhile."""
 
 
 def _arrays(tensors: Any) -> Any:
@@ -99,13 +186,3 @@ def _arrays(tensors: Any) -> Any:
     if isinstance(tensors, (list, tuple)):
         return type(tensors)(_arrays(tensor) for tensor in tensors)
     return np.asarray(tensors.float().cpu() if tensors.is_floating_point() else tensors.cpu())
-
-
-@contextlib.contextmanager
-def _unnoted(trainer: Trainer) -> Iterator[None]:
-    """What a trainer notes of its losses for the next log is afterwards as before."""
-    before = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _BOOKS.search(name)}
-    try:
-        yield
-    finally:
-        vars(trainer).update(before)

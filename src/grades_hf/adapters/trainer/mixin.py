@@ -45,8 +45,15 @@ class GradESTrainerMixin(_Base):
 
     @property
     def grades_callback(self) -> GradESCallback:
-        """The callback at work (Trainer replaces it when it restores callbacks from a checkpoint)."""
-        return next(c for c in self.callback_handler.callbacks if isinstance(c, GradESCallback))
+        """The callback at work.
+
+        Raises:
+            AttributeError: it has been removed.
+        """
+        found = next((c for c in self.callback_handler.callbacks if isinstance(c, GradESCallback)), None)
+        if found is None:
+            raise AttributeError("the trainer has no GradESCallback: it has been removed.")
+        return found
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         found = [c for c in self.callback_handler.callbacks if isinstance(c, GradESCallback)]
@@ -59,7 +66,7 @@ class GradESTrainerMixin(_Base):
 
         Where it is not counted (torch.compile), it is the base class's estimate.
         """
-        engine = self.grades_callback.engine
+        engine = next((c.engine for c in self.callback_handler.callbacks if isinstance(c, GradESCallback)), None)
         flops = None if engine is None else engine.meter.take()
         return super().floating_point_ops(inputs) if flops is None else flops
 
@@ -68,7 +75,7 @@ class GradESTrainerMixin(_Base):
         from ...report.card import add_to_model_card
 
         super().create_model_card(*args, **kwargs)
-        engine = self.grades_callback.engine
+        engine = next((c.engine for c in self.callback_handler.callbacks if isinstance(c, GradESCallback)), None)
         if engine is not None and self.is_world_process_zero():
             assert self.args.output_dir is not None
             add_to_model_card(Path(self.args.output_dir) / "README.md", engine.history)

@@ -1,29 +1,19 @@
-"""What of Trainer's arguments GradES cannot work with, and whether scheduled evaluations are left out."""
+"""What of Trainer, its arguments and its loop GradES cannot work with."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState
-from transformers import (
-    DefaultFlowCallback,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from torch import nn
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from ...config import GradESConfig
 from ...engine import GradES
 from ...parallel.refusals import DATA_PARALLEL, DEEPSPEED, FSDP1, under_deepspeed
 from .checkpoint import stateful
-
-logger = logging.getLogger(__name__)
 
 
 def refuse(config: GradESConfig, args: TrainingArguments, state: TrainerState) -> None:
@@ -66,54 +56,50 @@ def refuse_lost_adapters(args: TrainingArguments, engine: GradES) -> None:
         )
 
 
-def skips_validation(config: GradESConfig, args: TrainingArguments, trainer: Trainer | None, scheduler: Any) -> bool:
-    """Whether scheduled evaluations are left out of this run; one visible line says so.
+def module(model: Any, trainer: Trainer | None) -> nn.Module:
+    """What is trained: the model that the callback is told of, or the trainer's, if that is none (SetFit).
 
     Raises:
-        ValueError: `skip_validation=True`, and something needs them.
+        ValueError: there is no `nn.Module`.
     """
-    scheduled = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
-    if config.skip_validation is False or not scheduled:
-        return False
-    needs = _needs_evaluations(args, trainer, scheduler)
-    if needs is not None and config.skip_validation is True:
+    if not isinstance(model, nn.Module) and trainer is not None:
+        model = trainer.model
+    if not isinstance(model, nn.Module):
         raise ValueError(
-            f"{needs} needs evaluations during training, and skip_validation=True leaves them out. Leave "
-            f"skip_validation out of GradES's options, or drop {needs.split('=')[0]}."
+            f"GradESCallback was called with a {type(model).__name__} as the model, which is no torch.nn.Module, so it "
+            "cannot know what is trained. Use GradES in a loop of your own."
         )
-    instead = "looks at held-out rows decide" if config.tau is None else "GradES decides without them"
-    if needs is not None:
-        logger.warning("GradES: scheduled evaluations are run as usual, since %s needs them.", needs)
-    else:
-        logger.warning(
-            "GradES: scheduled evaluations (eval_strategy=%r) are left out, since %s. skip_validation=False runs them.",
-            str(getattr(args.eval_strategy, "value", args.eval_strategy)),
-            instead,
+    return model
+
+
+def refuse_more_steps(over: bool, state: TrainerState) -> None:
+    """Raise where a trainer with a loop of its own trains on after the end of a run."""
+    if over:
+        raise RuntimeError(
+            f"GradES had ended the run at step {state.global_step}, at which the checkpoint was saved, and this "
+            "trainer has a loop of its own that trains on. Do not resume it, or resume without GradESCallback."
         )
-    return needs is None
 
 
-def _needs_evaluations(args: TrainingArguments, trainer: Trainer | None, scheduler: Any) -> str | None:
-    """What of this run reads evaluations, in the user's words; None for nothing."""
-    if args.load_best_model_at_end:
-        return "load_best_model_at_end=True"
-    if args.save_strategy == SaveStrategy.BEST:
-        return 'save_strategy="best"'
-    kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
-    if isinstance(scheduler, plateau) or kind in ("reduce_lr_on_plateau", "greedy"):
-        return f"the learning-rate schedule {kind}"
-    for callback in () if trainer is None else trainer.callback_handler.callbacks:
-        if _reads_evaluations(callback):
-            return type(callback).__name__
-    return None
+def refuse_unmatched_steps(engine: GradES, state: TrainerState, find: Callable[[], Any]) -> None:
+    """Raise where the engine has not been called once for each optimizer step.
 
-
-def _reads_evaluations(callback: TrainerCallback) -> bool:
-    """Whether a callback does something with an evaluation, other than showing it."""
-    shows = (DefaultFlowCallback, PrinterCallback, ProgressCallback)
-    if isinstance(callback, shows) or type(callback).__module__.startswith(("transformers.integrations", "trl.")):
-        return False
-    return type(callback).on_evaluate is not TrainerCallback.on_evaluate and (
-        type(callback).__module__ != "transformers.utils.notebook"
+    Args:
+        engine: The engine.
+        state: Trainer's state after a step.
+        find: Gives the trainer.
+    """
+    if engine.t == state.global_step:
+        return
+    name = type(find()).__name__
+    if engine.t < state.global_step:
+        raise RuntimeError(
+            f"GradES has seen {engine.t} optimizer steps and {name} has made {state.global_step}: its loop does not "
+            "call its callbacks' on_pre_optimizer_step, where the gradients are looked at. Call it after backward and "
+            "clipping and before optimizer.step(), or train without GradESCallback."
+        )
+    raise RuntimeError(
+        f"GradES has been called for {engine.t} optimizer steps and {name} has made {state.global_step}: its loop "
+        "calls its callbacks' on_pre_optimizer_step more than once a step (at each micro-batch?). Call it once, before "
+        "optimizer.step(), or train without GradESCallback."
     )

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
+from ...config import GradESConfig
 from ...engine import GradES
 
 logger = logging.getLogger(__name__)
+
+
+def _nothing() -> None:
+    return None
 
 
 @dataclass
@@ -24,73 +28,59 @@ class Reports:
     """One run's reports.
 
     Args:
+        engine: The run's engine; None before a run, and after it.
+        config: The run's options: the user's, or those of a checkpoint from which Trainer has restored callbacks.
+        args: The training arguments.
         skip: Whether scheduled evaluations are left out.
         over: Whether the run has been resumed from its own end, so that there is nothing to train.
-        path: Where the history goes; None on other ranks than the first.
+        path: The directory that the history goes to; None on other ranks than the first.
+        bar: Gives Trainer's progress bar, or None.
         hook: What takes the hook off that saves tensors with the optimizer.
     """
 
+    engine: GradES | None = None
+    config: GradESConfig | None = None
+    args: TrainingArguments | None = None
     skip: bool = False
     over: bool = False
     path: Path | None = None
-    hook: Callable[[], None] | None = None
-    _engine: GradES | None = None
-    _written: float = 0.0
-    _seconds: float = 0.0
-    _evaluate_first: bool = field(default=False)
+    bar: Callable[[], Any] = _nothing
+    hook: Callable[[], Any] = _nothing
 
-    def begin(self, engine: GradES, args: TrainingArguments) -> None:
+    def begin(self) -> None:
         """The run begins. A directory that cannot be written is known before the first step."""
-        self._engine = engine
-        if self.skip and args.eval_on_start:
-            args.eval_on_start, self._evaluate_first = False, True
-        if self.path is not None:
-            engine.history.save(self.path)
-
-    def restore(self, args: TrainingArguments) -> None:
-        """The moment for a first evaluation is over: the user's arguments are as they were."""
-        if self._evaluate_first:
-            args.eval_on_start, self._evaluate_first = True, False
+        if self.path is not None and self.engine is not None:
+            self.engine.history.open(self.path)
 
     def log(self, logs: dict[str, Any], entry: dict[str, Any], found: Mapping[str, float]) -> None:
         """Trainer logs: `entry` is what it keeps of `logs`."""
-        if self.over and "train_loss" in logs:  # Trainer divides the loss of that one void step by no steps
-            del logs["train_loss"], entry["train_loss"]
         logs.update(found)  # for the callbacks after this one: the progress bar prints them
         entry.update(found)
-        if found and self._engine is not None and not self.over:
-            self._engine.log(logs.get("loss"))
+        if found and self.engine is not None:
+            self.engine.log(logs.get("loss"))
 
-    def write(self, *, always: bool) -> None:
-        """Write the history; unless `always`, so seldom that it takes at most 1 % of the time.
+    def write(self, *, urgent: bool) -> None:
+        """Append to the history's file what has come since; where it is not urgent, only now and then."""
+        if self.engine is not None:
+            self.engine.history.flush(urgent=urgent)
 
-        A disk that is full by then costs the record, not the run: nothing that a resume needs is in that file.
-        """
-        if self.path is None or self._engine is None:
-            return
-        now = time.monotonic()
-        if not always and now - self._written < 100 * self._seconds:
+    def end(self) -> None:
+        """The run is over, in whatever way."""
+        engine = self.engine
+        if engine is None:
             return
         try:
-            self._engine.history.save(self.path)
-        except OSError as error:
-            logger.warning("GradES: %s could not be written, training goes on: %s", self.path, error)
-        self._written = time.monotonic()
-        self._seconds = self._written - now
-
-    def end(self, engine: GradES) -> None:
-        """The run is over, in whatever way."""
-        if self.hook is None:
-            return
-        self.hook()
-        self.hook = None
-        engine.flush()
-        if not engine.history.logs or engine.history.logs[-1]["step"] < engine.t:
-            engine.log()
-        self.write(always=True)
-        logger.info("GradES: %s", engine.conclude())
-        engine.close()
-        self.over, self._engine = False, None
+            self.hook()
+            engine.flush()
+            if not engine.history.logs or engine.history.logs[-1]["step"] < engine.t:
+                engine.log()
+            self.write(urgent=True)
+            if not engine.done:
+                logger.info("GradES: %s", engine.conclude())
+        finally:
+            engine.close()
+            self.engine, self.over, self.skip = None, False, False
+            self.bar = self.hook = _nothing
 
 
 def metrics(engine: GradES, logs: Mapping[str, Any]) -> dict[str, float]:
@@ -120,42 +110,19 @@ def metrics(engine: GradES, logs: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def report_through(trainer: Trainer, at_work: Callable[[], Any]) -> None:
-    """Give the trackers of `trainer` (`report_to`) the options, under `grades`, and the scalars of every log.
+def progress_bar(trainer: Trainer | None) -> Callable[[], Any]:
+    """Gives Trainer's progress bar, or None where there is none; keeps nothing alive."""
+    reference = None if trainer is None else weakref.ref(trainer.callback_handler)
 
-    Trainer runs its trackers before the callbacks of its user, so what those add to a log comes too late for them.
+    def bar() -> Any:
+        handler = None if reference is None else reference()
+        callbacks = () if handler is None else handler.callbacks
+        return next((c.training_bar for c in callbacks if isinstance(c, ProgressCallback)), None)
 
-    Args:
-        trainer: The trainer.
-        at_work: Gives the `GradESCallback` that is at work (Trainer may replace the user's), or None.
-    """
-    handler = trainer.callback_handler
-    begin, log = handler.on_train_begin, handler.on_log
-
-    def on_train_begin(args: TrainingArguments, *rest: Any, **kwargs: Any) -> Any:
-        callback = at_work()
-        to_dict, ours = args.to_dict, {} if callback is None else {"grades": callback.config.resolved().to_dict()}
-        # Every tracker's integration asks for the options of a run in this way, when it begins.
-        args.__dict__["to_dict"] = lambda: {**to_dict(), **ours}
-        try:
-            return begin(args, *rest, **kwargs)
-        finally:
-            args.__dict__.pop("to_dict", None)
-
-    def on_log(
-        args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> Any:
-        if (callback := at_work()) is not None:
-            logs.update(callback.metrics(logs))
-        return log(args, state, control, logs, **kwargs)
-
-    handler.__dict__.update(on_train_begin=on_train_begin, on_log=on_log)
+    return bar
 
 
-def show_progress(engine: GradES, state: TrainerState) -> None:
-    """Write "frozen k/n" behind Trainer's progress bar, which a callback can only find among all open bars."""
-    if not state.is_world_process_zero or engine.ending is not None:
-        return
-    for bar in list(getattr(tqdm, "_instances", ())):
-        if bar.total == state.max_steps and not bar.disable and bar.desc == "":
-            bar.set_postfix_str(f"frozen {len(engine.frozen)}/{len(engine.components)}", refresh=False)
+def show_progress(engine: GradES, bar: Callable[[], Any]) -> None:
+    """Write "frozen k/n" behind Trainer's progress bar."""
+    if engine.ending is None and (shown := bar()) is not None:
+        shown.set_postfix_str(f"frozen {len(engine.frozen)}/{len(engine.components)}", refresh=False)

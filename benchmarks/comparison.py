@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from .plots import load_altair, save_chart, theme
+from grades_hf.report.charts import load_altair, save_chart, theme
 
 if TYPE_CHECKING:
     from altair import LayerChart

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from grades_hf.report.comparison import (
+from benchmarks.comparison import (
     Way,
     compare,
     comparison_csv,
