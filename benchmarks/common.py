@@ -247,14 +247,15 @@ def write(name: str, results: Any, options: argparse.Namespace, *packages: str) 
         options: The parsed options.
         packages: Further distributions whose versions belong to it.
     """
-    kind = torch.device(options.device).type
-    suffix = "" if (kind, options.shape) == ("cpu", "smollm2-135m") else f"-{kind}-{options.shape}"
+    device, shape = getattr(options, "device", "cpu"), getattr(options, "shape", "smollm2-135m")
+    kind = torch.device(device).type
+    suffix = "" if (kind, shape) == ("cpu", "smollm2-135m") else f"-{kind}-{shape}"
     settings = {key: value for key, value in vars(options).items() if key != "output"}
     document = {
         "command": " ".join([f"python -m benchmarks.{name}", *_arguments(settings)]),
         "commit": commit(),
         "versions": versions(*packages),
-        "machine": machine(options.device),
+        "machine": machine(device),
         "results": results,
     }
     options.output.mkdir(parents=True, exist_ok=True)

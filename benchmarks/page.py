@@ -1,7 +1,7 @@
 """Write docs/benchmarks.md (`python -m benchmarks.page`): the tables of benchmarks/results, and nothing typed by hand.
 
 Also fills in the measured figures of docs/method_card.md and the tables of docs/studies.md and docs/criteria.md, which
-stand between `<!-- KEY -->` and `<!-- -->` there, and draws the figures of the race.
+stand between `<!-- KEY -->` and `<!-- -->` there, and draws the figure of the race.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import race_page
+from benchmarks.race_tasks import SETTINGS
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, CARD, STUDIES = DOCS / "benchmarks.md", DOCS / "method_card.md", DOCS / "studies.md"
 CRITERIA = DOCS / "criteria.md"
-SMOLLM2 = RESULTS / "race_smollm2_135m"
 
 HEADER = """# Benchmarks
 
@@ -231,35 +231,26 @@ def studies() -> dict[str, str]:
 def race() -> dict[str, str]:
     """The tables of docs/criteria.md, by key."""
     found = load("race")
-    values = {f"race_{method}": table(*race_page.table(found["results"], method)) for method in race_page.LABELS}
-    values["race_confounders"] = table(*race_page.confounders(found["results"]))
-    values["race_origin"] = origin(found)
-    values["race_smollm2"] = smollm2()
+    rows, runs = found["results"]["arms"], found["results"]["runs"]
+    outcomes, full = race_page.outcomes(rows), race_page.full_budget(rows, "loss")
+    accuracies = race_page.accuracies(outcomes, race_page.full_budget(rows, "accuracy"))
+    found["commit"] = ", ".join(sorted({run["commit"][:7] for run in runs}))
+    values = {
+        "race_origin": origin(found | {"commit": "%"}).replace("commit %", f"commit {found['commit']}"),
+        "race_extent": race_page.extent(rows, list(SETTINGS)),
+        "race_goals": race_page.goal_lines(rows),
+        "race_worst": table(*race_page.worst(outcomes)),
+        "race_accuracy": table(*accuracies),
+        "race_ends": table(*race_page.ends(outcomes)),
+        "race_arms": table(["arm", "what it is"], [list(pair) for pair in race_page.ARMS.items()], left=2),
+    }
+    parts = []
+    for family in dict.fromkeys(setting.family for setting in SETTINGS.values()):
+        own = [name for name, setting in SETTINGS.items() if setting.family == family and name in outcomes]
+        if own:
+            parts.append(f"#### {family}\n\n{table(*race_page.losses(outcomes, own, full))}")
+    values["race_losses"] = "\n".join(parts)
     return {key: f"\n\n{text}\n" for key, text in values.items()}
-
-
-def smollm2() -> str:
-    """The race on SmolLM2-135M, from the comparison.csv of its grid and the one by accuracy beside it."""
-    rows: dict[str, dict[str, str]] = {}
-    for name in ("comparison", "comparison_acc"):
-        with open(SMOLLM2 / f"{name}.csv", newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                rows.setdefault(row["arm"], {}).update(row)
-    errors = " standard error"
-    heads = [key.removesuffix(errors) for key in next(iter(rows.values())) if key.endswith(errors)]
-    heads = [key for key in heads if not key.startswith("average")]
-    full = float(rows["none"]["training FLOPs"])
-    lines = []
-    for arm, row in rows.items():
-        cells = []
-        for key in heads:
-            value, error = float(row[key]), float(row[key + errors])
-            accuracy = key.endswith(" acc")
-            cells.append(f"{100 * value:.1f} ± {100 * error:.1f} %" if accuracy else f"{value:.3f} ± {error:.3f}")
-        training, validation = float(row["training FLOPs"]), float(row["validation FLOPs"])
-        steps = f"{float(row['steps']):.0f} of {float(row['steps planned']):.0f}"
-        lines.append([f"`{arm}`", *cells, steps, ratio((training + validation) / full)])
-    return table(["arm", *heads, "steps", "compute"], lines)
 
 
 def fill(text: str, values: dict[str, str]) -> str:
@@ -280,4 +271,4 @@ if __name__ == "__main__":
     PAGE.write_text(render(), encoding="utf-8")
     for path, values in ((CARD, figures()), (STUDIES, studies()), (CRITERIA, race())):
         path.write_text(fill(path.read_text(encoding="utf-8"), values), encoding="utf-8")
-    race_page.figures(load("race")["results"], RESULTS / "race")
+    race_page.figure(load("race")["results"]["arms"], RESULTS / "race")

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from benchmarks import common
 from grades_hf import find_components
-from grades_hf.monitors.sampling import Sampler
+from grades_hf.statistics.sampling import Sampler
 from recipes.no_trainer import encode
 from recipes.pypi import locate_model
 from recipes.tasks.formats import TASKS

@@ -23,7 +23,6 @@ from datasets import Dataset
 from trl import SFTTrainer
 
 from benchmarks.arms import ArmArguments, make_trainer, peer_summary, set_up, unfinished
-from benchmarks.costs import costs
 from benchmarks.flops import FlopCounterCallback, compute
 from grades_hf import History
 from grades_hf.report import summarize
@@ -82,8 +81,6 @@ def run(plan: finetune.Plan, arguments: ArmArguments, trainer: Any) -> dict[str,
         results = summarize(History.load(output), steps_run=steps["steps_run"], **extras)
     if arguments.arm == "peer":
         results |= peer_summary(output)
-    if plan.arguments.observe and meter is not None:
-        results["costs"] = costs(meter, trainer.model)
     method = "lora" if plan.model.use_peft else "full"
     results |= {"seed": plan.training.seed, "arm": arguments.arm, "method": method}
     results["sources"] = {"model": plan.recipe.model}

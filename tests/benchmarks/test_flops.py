@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-import grades_hf.flops
+import grades_hf.record.meter
 from benchmarks.flops import FlopCounterCallback, compute
 from grades_hf import GradESCallback
 from tests import small
@@ -55,7 +55,7 @@ def test_a_run_without_grades_is_full(tmp_path: Path) -> None:
 
 
 def test_freezing_and_ending_early_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grades_hf.flops, "COUNT_EVERY", 1)
+    monkeypatch.setattr(grades_hf.record.meter, "COUNT_EVERY", 1)
     _, plain = trained(tmp_path / "plain")
     _, frozen = trained(tmp_path / "frozen", Freeze(at=3))
     _, ended = trained(tmp_path / "ended", Freeze(at=3, end=4))
