@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import train
-from grades_hf.report import compare, comparison_csv, comparison_markdown, plot_comparison
+from benchmarks.comparison import compare, comparison_csv, comparison_markdown, plot_comparison
 from recipes.arguments import command
 
 logger = logging.getLogger("recipes.compare")

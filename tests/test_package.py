@@ -55,7 +55,8 @@ def test_the_metadata(distributions, setup):
     assert len(links) == 4
     assert all(link.startswith(address) for link in links)
     needed = [line for line in found.get_all("Requires-Dist") if "extra ==" not in line]
-    assert {re.split(r"[<>=]", line)[0] for line in needed} == {"torch", "transformers", "peft", "accelerate", "rich"}
+    names = {re.split(r"[<>=]", line)[0] for line in needed}
+    assert names == {"torch", "transformers", "peft", "accelerate", "pyarrow", "rich"}
     text = found.get_payload()
     assert "](docs/" not in text, "links of the README lead into the repository"
     assert f"]({address}/raw/main/docs/first_run.png)" in text
