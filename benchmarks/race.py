@@ -46,7 +46,7 @@ from grades_hf import GradES, GradESConfig
 from grades_hf.criteria import Rise, smoothing
 from grades_hf.ending import Average, Ending
 from grades_hf.parallel.ranks import Ranks
-from recipes.models import locate_model
+from recipes.pypi import locate_model
 
 STOPS = (0.3, 0.5, 0.7)  # parts of the run after which the arms `stop` end
 SHORT = 0.5  # the part of the steps that the shorter schedule has

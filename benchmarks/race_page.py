@@ -273,7 +273,7 @@ def full_budget(rows: Iterable[Row], what: str) -> dict[str, float]:
 
 def figure(rows: Sequence[Row], folder: Path) -> None:
     """Draw race.png: loss and compute of the main arms, a setting a line."""
-    from grades_hf.report.plots import save_chart, theme
+    from grades_hf.report.charts import save_chart, theme
 
     marks = []
     found = outcomes(rows)

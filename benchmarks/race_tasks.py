@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics  # type: ignore[import-untyped]
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -30,8 +31,9 @@ from transformers import (
     set_seed,
 )
 
-from recipes.data import find_task, load_split
-from recipes.models import load_model, load_tokenizer, locate_model
+from recipes.pypi import locate_model
+from recipes.tasks.formats import TASKS
+from recipes.tasks.rows import splits
 
 Rows = dict[str, Tensor]  # what the model takes, by name; each (rows, ...)
 
@@ -168,10 +170,17 @@ def _manual(model: str) -> Tensor:
 
 
 @functools.cache
+def _rows(name: str, split: str, data: str) -> list[dict[str, Any]]:
+    """The rows of one split of a benchmark."""
+    found: list[dict[str, Any]] = splits(TASKS[name], data)[split].to_list()
+    return found
+
+
+@functools.cache
 def _questions(model: str, data: str, name: str, split: str) -> Tensor:
     """Questions and right answers of a benchmark, one after another, in sequences of tokens."""
-    task, texts = find_task(name), []
-    for row in load_split(task, split, data).rows:
+    task, texts = TASKS[name], []
+    for row in _rows(name, split, data):
         found = task.format(row)
         texts.append(f"{found['prompt']} {found['choices'][found['answer']]}")
     return _packed(model, texts)
@@ -218,11 +227,13 @@ def text_classifier(setting: Setting, generator: torch.Generator, places: Places
     def rows(split: str, number: int) -> Rows:
         texts, labels = [], []
         for place, name in enumerate(names):
-            task = find_task(name)
-            found = load_split(task, split, places.data).rows
+            task = TASKS[name]
+            found = _rows(task.name, split, places.data)
             chosen = torch.randperm(len(found), generator=generator)[: -(-number // len(names))].tolist()
             for row in (found[index] for index in chosen):
-                texts.append(f"{row['question']}? {row['passage']}" if setting.what == "boolq" else task.prompt(row))
+                texts.append(
+                    f"{row['question']}? {row['passage']}" if setting.what == "boolq" else task.format(row)["prompt"]
+                )
                 labels.append(int(row["answer"]) if setting.what == "boolq" else place)
         tokens = [tokenizer(text, add_special_tokens=False)["input_ids"][:length] for text in texts]
         ids = torch.tensor([token + [0] * (length - len(token)) for token in tokens])
@@ -240,11 +251,11 @@ def text_classifier(setting: Setting, generator: torch.Generator, places: Places
 
 def smollm2(setting: Setting, generator: torch.Generator, places: Places) -> Task:
     """SmolLM2-135M on the answers of a benchmark, given its prompts."""
-    place = locate_model(SMOLLM2)[0]
-    tokenizer, task = load_tokenizer(place), find_task(setting.what)
+    place = locate_model(SMOLLM2)
+    tokenizer, task = AutoTokenizer.from_pretrained(place), TASKS[setting.what]
 
     def rows(split: str, number: int) -> Rows:
-        found = load_split(task, split, places.data).rows
+        found = _rows(task.name, split, places.data)
         parts = []
         for index in torch.randperm(len(found), generator=generator)[:number].tolist():
             row = task.format(found[index])
@@ -263,7 +274,7 @@ def smollm2(setting: Setting, generator: torch.Generator, places: Places) -> Tas
     both, test = rows("train", setting.rows + setting.held), rows("validation", setting.test)
     chosen = torch.arange(setting.rows + setting.held)
     train, held = take(both, chosen[: setting.rows]), take(both, chosen[setting.rows :])
-    return Task(load_model(place, "float32"), train, held, test)
+    return Task(AutoModelForCausalLM.from_pretrained(place, dtype="float32"), train, held, test)
 
 
 # --- from scratch ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 
-import grades_hf.record.history
+import grades_hf.record.stream
 from grades_hf import GradESCallback, History
 from tests.runs import Setting, load, tokens
 
@@ -148,11 +148,15 @@ def arm(trainer: Trainer, where: str, step: int) -> None:
 
         class Os:
             def __getattr__(self, name: str) -> Any:
-                if name == "replace" and trainer.state.global_step == step:
-                    die()
+                if name == "pwrite" and trainer.state.global_step == step:
+                    return torn
                 return getattr(os, name)
 
-        grades_hf.record.history.os = Os()  # type: ignore[assignment]
+        def torn(descriptor: int, data: bytes, offset: int) -> None:
+            os.pwrite(descriptor, bytes(data)[: len(data) // 2], offset)
+            die()
+
+        grades_hf.record.stream.os = Os()  # type: ignore[assignment]
     else:
         raise ValueError(f"where={where!r}")
 

@@ -222,8 +222,8 @@ class GradESConfig:
         _monitor,
         """The statistic. "auto": with a tau the paper's choice, gradient_change for full weights and gradient_norm for
         adapters; else gradient_per_loss. "gradient_change": sum |g_t - g_(t-1)| (Eq. 1). "gradient_norm": sum |g_t|
-        (Eq. 3, A and B of a LoRA pair added). "weight_change": sum |W_(t-1) - W_(t-2)|, the last completed update, which
-        the PyPI package `grades` thresholds. "gradient_per_loss": sum |g_t| divided by the loss of the step.""",
+        (Eq. 3, A and B of a LoRA pair added). "weight_change": sum |W_(t-1) - W_(t-2)|, the last completed update,
+        which the PyPI package `grades` thresholds. "gradient_per_loss": sum |g_t| divided by the loss of the step.""",
     )
     reduction: str = _option(
         "sum",
@@ -373,7 +373,7 @@ class GradESConfig:
 
 
 def _known(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` without what earlier versions had besides; a ValueError names what is unknown and the nearest option."""
+    """`options` without what earlier versions had besides; a ValueError names what is unknown, and what is near."""
     names = [option.name for option in dataclasses.fields(GradESConfig)]
     if "criterion" in options:  # a whole config of an earlier version, in which `rise` was another criterion's option
         options = {name: value for name, value in options.items() if name != "rise"}

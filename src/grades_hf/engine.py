@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,15 +12,15 @@ from weakref import WeakKeyDictionary, proxy, ref
 import torch
 from torch import Tensor, nn
 
-from . import joining, state
+from . import joining, state, words
 from .assembly import assemble
 from .config import GradESConfig, checked_scalar, checked_total_steps, make_config
-from .contracts import IDLE, Check, Step
-from .criteria import deciding_checks
+from .contracts import Check, Step
 from .ending import HeldOut
 from .find.components import Component, kinds, release
 from .hooks import hook
 from .parallel.refusals import refuse_foreign
+from .reading import measure, valid
 from .record.savings import Savings
 from .statistics import make_statistic
 
@@ -120,8 +118,8 @@ class GradES:
             undo.callback(hook(model, "state_dict_pre", self._nothing, keep=self))
             self._undo: ExitStack | None = undo.pop_all()
         _active[model] = ref(self)
-        logger.info(self.describe())
-        self._warn_if_nothing_can_happen()
+        logger.info(words.describe(self))
+        words.warn_if_nothing_can_happen(self)
 
     # --- Algorithm 1 -----------------------------------------------------------------------------------------------
 
@@ -144,18 +142,18 @@ class GradES:
         loss, epoch = checked_scalar("loss", loss), checked_scalar("epoch", epoch)
         self.t += 1
         step = Step(self.t, None if loss is None else torch.as_tensor(loss), None if epoch is None else float(epoch))
-        self._warn_after_resume()
+        words.warn_after_resume(self)
         self.reassert()
         self._decide()  # upon a check that was left open (delay_transfer)
         for extension in self.extensions:
             extension.before_check(step)
         if self.t % self.config.check_every == 0:
             names = [component.name for component in self.live]  # all W not in F
-            self._open = Check(self.t, names, self.ranks.agree(self._measure(step)))  # G_W(t)
+            self._open = Check(self.t, names, self.ranks.agree(measure(self, step)))  # G_W(t)
             if not self.config.delay_transfer:
                 self._decide()
         self._remember(step)
-        self._tell_idle()
+        words.tell_idle(self)
         for extension in self.extensions:
             extension.on_step_end(step)
 
@@ -163,7 +161,7 @@ class GradES:
         if self._open is None or self.ended is not None:
             return
         check, self._open = self._open, None
-        components, values = self._valid(check)
+        components, values = valid(self, check)
         places = torch.tensor([self._place[component.name] for component in components], dtype=torch.long)
         verdicts = self.criterion.update(places, check.step, values)  # G_W(t) < tau_W
         if check.step <= self.t_grace:
@@ -186,7 +184,7 @@ class GradES:
             self.end(f"the run ends at step {self.t} of {self.total_steps}: {self.conclude()}")
         logger.info(
             "GradES step %d: froze %d (%s); %d of %s are frozen.",
-            self.t, len(converged), kinds(converged), len(self.frozen), self._all,
+            self.t, len(converged), kinds(converged), len(self.frozen), words.counted(self),
         )  # fmt: skip
         earliest = self.t_grace + self.config.check_every + int(self.config.delay_transfer)
         if len(converged) == int(self.took_part.sum()) > 1 and self.t <= earliest:
@@ -255,7 +253,7 @@ class GradES:
         """Complete the history: nothing freezes any more. The check that `delay_transfer` has left open is added."""
         if self._open is not None:
             check, self._open = self._open, None
-            self._valid(check)
+            valid(self, check)
         over = "converged" if self.ending is None else "look"
         self.history.ended = over if self.done else "completed" if self.t >= self.total_steps else "stopped"
         if self.meter.measured:
@@ -320,6 +318,10 @@ class GradES:
         """
         state.load(self, saved)
 
+    def conclude(self) -> str:
+        """What came of it, in one line."""
+        return words.conclude(self) if self.ending is None else self.ending.conclude()
+
     def tensors(self) -> dict[str, dict[Tensor, Tensor]]:
         """The tensors that a checkpoint has to hold: kind -> parameter -> a tensor of its size, or a sample of it."""
         found = {x.name: x.tensors() for x in self.extensions}
@@ -341,112 +343,6 @@ class GradES:
         two_steps = [c for c in self.live if self.statistics[c.monitor].two_steps and self._remembers]
         averaged = [] if self.ending is None else self.extension("average").parameters
         return {"previous": [p for c in two_steps for p in c.measured], "average": averaged}
-
-    def describe(self) -> str:
-        """What is tracked and how, in one line."""
-        groups = Counter(f"{c.tower} {c.group}" if c.tower else c.group for c in self.components)
-        taus = sorted({component.tau for component in self.components if component.tau is not None})
-        rule = "looks at held-out rows decide when to end"
-        if taus:
-            several = f"{len(taus)} values of tau from {taus[0]:g} to {taus[-1]:g}"
-            rule = f"tau {taus[0]:g}" if len(taus) == 1 else several
-            rule += f"; freezing from step {self.t_grace + 1} of {self.total_steps} on"
-        return (
-            f"GradES tracks {len(self.components)} components ("
-            + ", ".join(f"{number} {group}" for group, number in groups.items())
-            + f") with {sum(component.numel for component in self.components):,} parameters; "
-            + f"statistic {', '.join(self.statistics)} ({self.config.reduction}), {rule}."
-        )
-
-    def conclude(self) -> str:
-        """What came of it, in one line."""
-        if self.ending is not None:
-            return self.ending.conclude()
-        line = f"{len(self.frozen)} of {self._all} are frozen after step {self.t}"
-        if self.frozen:
-            line += f", between steps {min(self.frozen.values())} and {max(self.frozen.values())}"
-        live = {c.name: c.tau for c in self.live if c.tau is not None}
-        nearest = min(((value / live[n], n) for n, value in self.history.latest().items() if n in live), default=None)
-        if nearest is not None:
-            line += f"; nearest to its tau of those still trained: {nearest[1]} at {nearest[0]:.3g} x tau"
-        return line + "."
-
-    # --- one check -------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _measure(self, step: Step) -> Tensor:
-        """The statistic of each live component, NaN where there is none.
-
-        Returns:
-            (len(live),) in float64 on the device of the first component. There is no transfer to the host.
-        """
-        live, device = self.live, self.components[0].parameters[0].device
-        found: dict[Tensor, Tensor] = {}
-        for name, statistic in self.statistics.items():
-            if not step.skipped:
-                found |= statistic.measure(p for c in live if c.monitor == name for p in c.measured)
-        if self.ranks.sharded:
-            among = [parameter for component in live for parameter in component.measured]
-            found = dict(zip(found, self.ranks.add_shards(list(found.values()), list(found), among), strict=True))
-        owners: list[int] = []
-        norms: list[Tensor] = []
-        elements, missing = [0] * len(live), [False] * len(live)
-        for place, component in enumerate(live):
-            before = len(norms)
-            for parameter in component.measured:
-                norm = found.get(parameter)
-                if norm is not None:
-                    norms.append(norm)
-                    owners.append(place)
-                    elements[place] += parameter.numel()
-                elif self.statistics[component.monitor].takes_part(parameter):
-                    missing[place] = True
-            missing[place] |= len(norms) == before
-        values = torch.zeros(len(live), dtype=torch.float64, device=device)
-        if norms:
-            values.index_add_(0, torch.tensor(owners, device=device), _stack(norms, device))
-        if any(missing):
-            values[torch.tensor(missing, device=device)] = math.nan
-        if self.config.reduction == "mean":
-            values /= torch.tensor([max(1, number) for number in elements], dtype=torch.float64, device=device)
-        for extension in self.extensions:
-            values = extension.correct(values, live, step)
-        if not self.took_part.all():
-            idle = [all(parameter.grad is None for parameter in component.parameters) for component in live]
-            if any(idle):
-                values = values.masked_fill(torch.tensor(idle, device=device) & ~(values.abs() > 0), IDLE)
-        return values
-
-    def _valid(self, check: Check) -> tuple[list[Component], Tensor]:
-        """The live components of a check and their values, in which a 0 that is no value is NaN; they are recorded."""
-        places = torch.tensor([self._place[name] for name in check.names], dtype=torch.long)
-        values = check.values().clone()
-        self.took_part[places] |= values != IDLE
-        values[values == IDLE] = math.nan
-        zero = values == 0
-        if zero.any():
-            nothing = bool((zero | values.isnan()).all())
-            counts = zero & ~self.learned[places] & (not nothing)
-            for i in (zero & ~counts).nonzero().flatten().tolist():
-                counts[i] = self._stays_the_same(self.components[int(places[i])], check.step)
-            for i in zero.nonzero().flatten().tolist():
-                if not self.statistics[self.components[int(places[i])].monitor].zero_is_a_value:
-                    counts[i] = False
-            values[zero & ~counts] = math.nan
-        self.learned[places] |= values.abs() > 0
-        still = torch.tensor([name not in self.frozen for name in check.names], dtype=torch.bool)
-        components, values = [self.components[p] for p in places[still].tolist()], values[still]
-        for extension in self.extensions:
-            extension.on_values(check.step, components, values)
-        return components, values
-
-    def _stays_the_same(self, component: Component, step: int) -> bool:
-        """Whether a change of 0 is that of a gradient which stays the same and is not 0.
-
-        This asks the device, but hardly ever. Where the gradient is not whole or gone by now, the answer is no.
-        """
-        known = self.config.sample_size is None and not self.ranks.sharded and step == self.t
-        return known and any(p.grad is not None and bool(p.grad.any()) for p in component.measured)
 
     def _remember(self, step: Step) -> None:
         due = (self.t + 1) % self.config.check_every == 0 and not self.done and not step.skipped
@@ -474,58 +370,8 @@ class GradES:
         for extension in self.extensions:
             extension.on_grad_pattern()
 
-    @property
-    def _all(self) -> str:
-        """How many components there are, in words: those that have never had a gradient do not count."""
-        idle = len(self.components) - int(self.took_part.sum())
-        if not idle or idle == len(self.components):
-            return f"{len(self.components)} components"
-        return f"{len(self.components) - idle} components that take part ({idle} have never had a gradient)"
-
-    def _tell_idle(self) -> None:
-        """Say once, when freezing may begin, which components have never had a gradient."""
-        if self._told_idle or self._open is not None or self.t < max(self.t_grace, self.total_steps / 10):
-            return
-        self._told_idle = True
-        if self.took_part.all():
-            return
-        idle = [c for c, took_part in zip(self.components, self.took_part.tolist(), strict=True) if not took_part]
-        if 0 < len(idle) < len(self.components) and self.ranks.rank == 0:
-            logger.warning(
-                "GradES: %d of %d components have had no gradient in %d steps, since no batch has involved them, and "
-                "do not count: %s (%s%s).",
-                len(idle), len(self.components), self.t, kinds(idle), ", ".join(c.name for c in idle[:3]),
-                ", ..." if len(idle) > 3 else "",
-            )  # fmt: skip
-
-    def _warn_if_nothing_can_happen(self) -> None:
-        """Say at the start where no check is left after the grace period that could freeze, or propose, anything."""
-        first = all(self.statistics[component.monitor].two_steps for component in self.components)
-        checks = deciding_checks(
-            self.total_steps, self.t_grace, self.config.check_every, first=not first, late=self.config.delay_transfer
-        )
-        if checks < self.config.patience:
-            what = "nothing can freeze" if self.ending is None else "no look can be proposed"
-            logger.warning(
-                "GradES: %s in this run: the first %d of %d steps are the grace period (alpha=%g), and after it "
-                "there are %d checks that can decide (check_every=%d, patience=%d).",
-                what, self.t_grace, self.total_steps, self.config.alpha, checks, self.config.check_every,
-                self.config.patience,
-            )  # fmt: skip
-
     def _nothing(self, *_: Any) -> None:
         """The hook that keeps this engine alive as long as its model."""
-
-    def _warn_after_resume(self) -> None:
-        """Say once that the first check after a resume has nothing to compare with, where that is so."""
-        resumed, self._resumed = self._resumed, False
-        waiting = resumed and any(self.statistics[component.monitor].two_steps for component in self.live)
-        if waiting and self.t % self.config.check_every == 0 and not self.tensors().get("previous"):
-            logger.warning(
-                "GradES: the checkpoint does not hold the tensors of the step before (it was saved without the "
-                "optimizer, or without GradES), so the check at step %d yields no value.",
-                self.t,
-            )
 
     def _refuse_closed(self) -> None:
         if self._undo is None:
@@ -533,13 +379,3 @@ class GradES:
                 "this engine is closed: another run has begun for its model, or with its callback. Two runs at a time "
                 "need a model and a GradESCallback each."
             )
-
-
-def _stack(norms: list[Tensor], device: torch.device) -> Tensor:
-    """0-d tensors as one in float64 on `device`, in order; one copy from each other device."""
-    for other in {norm.device for norm in norms} - {device}:
-        indices = [index for index, norm in enumerate(norms) if norm.device == other]
-        moved = torch.stack([norms[index] for index in indices]).to(device, non_blocking=True)
-        for index, norm in zip(indices, moved.unbind(), strict=True):
-            norms[index] = norm
-    return torch.stack(norms).double()

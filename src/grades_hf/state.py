@@ -64,16 +64,16 @@ def save(engine: GradES, *, tensors: bool) -> dict[str, Any]:
         "extensions": {x.name: found for x in engine.extensions if (found := x.state_dict())},
     }
     if tensors:
-        parameters = {parameter: name for name, parameter in engine.model.named_parameters()}
+        parameters: dict[Tensor, str] = {parameter: name for name, parameter in engine.model.named_parameters()}
         state["history"] = engine.history.state_dict()
         state["previous"] = {
             component.name: [engine.statistics[component.monitor].previous.get(p) for p in component.measured]
             for component in engine.live
         }
         state["tensors"] = {
-            x.name: {parameters[p]: tensor for p, tensor in found.items()}
+            x.name: {parameters[p]: tensor for p, tensor in kept.items()}
             for x in engine.extensions
-            if (found := x.tensors())
+            if (kept := x.tensors())
         }
     return state
 
@@ -129,7 +129,7 @@ def _without_absent(engine: GradES, state: Mapping[str, Any]) -> tuple[Mapping[s
 def _check(engine: GradES, state: Mapping[str, Any], changed: Mapping[str, Any]) -> _Checked:
     try:
         step = int(state["step"])
-        frozen = [
+        frozen: list[dict[str, Any]] = [
             {"name": str(item["name"]), "step": int(item["step"]), "value": _number(item["value"])}
             for item in state["frozen"]
         ]
@@ -238,8 +238,9 @@ def _take_over(engine: GradES, checked: _Checked, changed: Mapping[str, Any]) ->
     for statistic, parameter, tensor in checked.previous:
         statistic.previous[parameter] = tensor
     parameters = dict(engine.model.named_parameters())
-    for extension in engine.extensions if checked.tensors is not None else ():
-        found = checked.tensors.get(extension.name, {})
+    kept = checked.tensors
+    for extension in engine.extensions if kept is not None else ():
+        found = (kept or {}).get(extension.name, {})
         extension.load_tensors({parameters[key]: tensor for key, tensor in found.items() if key in parameters})
 
 

@@ -202,7 +202,7 @@ def test_without_rows_or_without_their_loss_it_is_refused_before_the_first_step(
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
-    assert not (tmp_path / "grades_history.json").exists()
+    assert not (tmp_path / "grades_history.arrow").exists()
     assert all(p.requires_grad for p in model.parameters())
     trainer.eval_dataset = tokens(4)
     trainer.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -171,7 +172,7 @@ def test_three_standard_errors_are_those_of_the_paired_difference():
 def test_looks_are_due_on_a_schedule_that_gradients_can_only_bring_forward():
     looks = rule(Script(*[10.0 - i for i in range(100)])).ending.looks
     assert looks[0]["step"] >= 10
-    for before, after in zip(looks, looks[1:], strict=False):
+    for before, after in itertools.pairwise(looks):
         assert after["step"] >= 1.25 * before["step"]
         if after["reason"] == "schedule":
             assert after["step"] == math.ceil(1.35 * before["step"])
@@ -180,7 +181,7 @@ def test_looks_are_due_on_a_schedule_that_gradients_can_only_bring_forward():
             assert after["step"] <= math.ceil(1.35 * before["step"])
     rises = [look["rise"] for look in looks]
     raised = [look["reason"] == "gradients" for look in looks]
-    for (before, after), moved in zip(zip(rises, rises[1:], strict=False), raised, strict=False):
+    for (before, after), moved in zip(itertools.pairwise(rises), raised, strict=False):
         assert after == pytest.approx(before * 1.5 if moved else before)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from grades_hf import History
 from recipes import dry_run, finetune, pypi
 
 from .rows import all_tasks_dir, write_jsonl
@@ -92,8 +92,7 @@ def test_a_dry_run_freezes_some_matrices_of_a_model_of_its_shape(
     output = tmp_path / "dry_run"
     assert [path.name for path in tmp_path.iterdir()] == ["dry_run"]
     assert results["steps_planned"] == dry_run.STEPS
-    history = json.loads((output / "grades_history.json").read_text(encoding="utf-8"))
-    names = {component["name"].rpartition(".")[2] for component in history["components"]}
+    names = {component["name"].rpartition(".")[2] for component in History.load(output).components}
     assert names == FUSED.get(name.rpartition("_")[0], SEVEN)
     assert results["components"] == 2 * len(names)
     if "tau" in config:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from grades_hf import History
-from grades_hf.report.page import load_runs
+from grades_hf.report.runs import load_runs
 from recipes import finetune
 
 from .rows import siqa_dir, write_jsonl
@@ -92,7 +92,7 @@ def test_both_runs_side_by_side(config: list[str], tmp_path: Path, capsys: pytes
     assert cells["held-out loss"] == [f"{loss:.3f}" for loss in losses]
     assert losses[0] != losses[1]
     assert "frozen" not in plain
-    assert not (tmp_path / "run" / "without" / "grades_history.json").exists()
+    assert not (tmp_path / "run" / "without" / "grades_history.arrow").exists()
 
 
 def test_without_options_it_trains_and_says_what_came_of_it(

@@ -15,6 +15,7 @@ import yaml
 from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from grades_hf import History
 from recipes import dry_run, finetune_vlm
 from tests import standin
 
@@ -86,7 +87,7 @@ def test_the_recipe_runs_without_the_hub(peft: str, name: str, data_dir: Path, t
     assert sum(int(number) for number, _ in frozen.values()) > 0
     assert results["after"]["loss"] < results["before"]["loss"]
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert json.loads((tmp_path / "grades_history.json").read_text())["config"]["alpha"] == 0.3
+    assert History.load(tmp_path).config["alpha"] == 0.3
 
 
 @pytest.mark.parametrize(

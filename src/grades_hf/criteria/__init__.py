@@ -1,4 +1,4 @@
-"""What the values of a statistic say: a component has converged (`threshold`), or a run should be looked at (`rise`)."""
+"""What the values of a statistic say: a component has converged (`threshold`), or a look is proposed (`rise`)."""
 
 from __future__ import annotations
 

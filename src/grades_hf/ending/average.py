@@ -118,8 +118,8 @@ class Average(Extension):
         elif self._run.t > 0:
             self._origin = max(0, self._run.t - 1)
             logger.warning(
-                "GradES: the checkpoint does not hold the average of the weights (it was saved without the optimizer, or "
-                "without GradES), so it begins anew."
+                "GradES: the checkpoint does not hold the average of the weights (it was saved without the optimizer, "
+                "or without GradES), so it begins anew."
             )
 
     def state_dict(self) -> dict[str, Any]:

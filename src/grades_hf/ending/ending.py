@@ -158,8 +158,8 @@ class Ending(Extension):
         losses: list[float] = run.ranks.gather(own)
         if len(losses) < 2:
             raise ValueError(
-                f"held_out gives {len(losses)} loss(es), and a look needs at least two rows. Pass more held-out rows; a "
-                "function must return the loss of each row, a tensor of shape (rows,)."
+                f"held_out gives {len(losses)} loss(es), and a look needs at least two rows. Pass more held-out rows; "
+                "a function must return the loss of each row, a tensor of shape (rows,)."
             )
         return losses
 
@@ -177,8 +177,8 @@ class Ending(Extension):
         )
         why = f"{reason} their minimum" if look["reason"] == "gradients" else "it was due"
         return (
-            f"the run ends at step {look['step']} of {self._run.total_steps}, because held-out rows say that the weights "
-            f"have got worse than their moving average ({_losses(look)}); {returned} returned. It was look "
+            f"the run ends at step {look['step']} of {self._run.total_steps}, because held-out rows say that the "
+            f"weights have got worse than their moving average ({_losses(look)}); {returned} returned. It was look "
             f"{len(self.looks)} at {look['rows']} rows, made because {why}."
         )
 

@@ -62,8 +62,8 @@ class Merger(Extension):
 
     name = "merging"
     refuses = {
-        Trait.SHARDED: "merge_frozen_adapters=True does not work with sharded parameters (FSDP2). Leave it out, or train "
-        "with DDP.",
+        Trait.SHARDED: "merge_frozen_adapters=True does not work with sharded parameters (FSDP2). Leave it out, or "
+        "train with DDP.",
     }
 
     def attach(self, run: Run, undo: ExitStack) -> None:

@@ -63,7 +63,8 @@ class Prefix(Extension):
 
     name = "prefix"
     refuses = {
-        Trait.SHARDED: "freeze_prefix=True does not work with sharded parameters (FSDP2). Leave it out, or train with DDP.",
+        Trait.SHARDED: "freeze_prefix=True does not work with sharded parameters (FSDP2). Leave it out, or train with "
+        "DDP.",
     }
 
     def __init__(self, left_out: Iterable[tuple[Site, str]]) -> None:

@@ -129,12 +129,6 @@ class History:
             written = self.flush()
             self._window = WINDOW if written else self._rows.waiting + WINDOW
 
-    def add_components(self, components: Iterable[Component]) -> None:
-        """Components that are tracked from now on; for the checks so far they have no value."""
-        more = History.start(components, {}, total_steps=0, t_grace=0)
-        self.components = [*self.components, *more.components]
-        self.values |= {name: array("d", [math.nan] * len(self.steps)) for name in more.values}
-
     def record_freeze(self, step: int, component: Component, value: float) -> None:
         """Add one freezing; `value` is what fell below the threshold."""
         self.events.append({"step": step, "name": component.name, "value": value, "tau": component.tau})

@@ -333,8 +333,11 @@ class Meter(Extension):
 
     # --- the model's passes ----------------------------------------------------------------------------------------
 
+    def _gave_up(self) -> bool:
+        return self.reason is not None
+
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not model.training or not torch.is_grad_enabled() or self.reason is not None:
+        if not model.training or not torch.is_grad_enabled() or self._gave_up():
             return
         inside = torch._C._current_graph_task_id() != -1
         if inside and self._begun and not self._inside:
@@ -344,8 +347,8 @@ class Meter(Extension):
         if not self._begun:
             self._inside = inside
             self._begin()
-            if self.reason is not None:
-                return
+        if self._gave_up():
+            return
         self._sizes.begin()
         if self._counter is not None:
             self._start = self._counter.parts.copy()
