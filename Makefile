@@ -6,6 +6,7 @@
 #   make compatibility  the same, and docs/compatibility.md of what passed
 #   make notebooks    run the notebooks and keep their outputs
 #   make docs         the documentation site, into site/ (with an environment of its own, .venv-docs, without torch)
+#   make package      source distribution and wheel in dist/, checked by twine (environment .venv-package)
 #   make lint         ruff and mypy
 #   make clean        remove .venv and everything that was built
 
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGING := setup.cfg pyproject.toml $(CONSTRAINTS)
 
-.PHONY: quickstart quickstart-paper test test-oldest compatibility notebooks docs lint clean
+.PHONY: quickstart quickstart-paper test test-oldest compatibility notebooks docs package lint clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -69,14 +70,28 @@ compatibility: test
 notebooks: $(VENV)/dev.stamp
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py
 
+# What an extra of setup.cfg asks for, alone.
+extra = awk '/^$(1) =/ { extra = 1; next } /^[^ ]/ { extra = 0 } extra' setup.cfg
+
 .venv-docs/docs.stamp: setup.cfg $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv-docs
-	awk '/^docs =/ { extra = 1; next } /^[^ ]/ { extra = 0 } extra' setup.cfg > .venv-docs/docs.txt
+	$(call extra,docs) > .venv-docs/docs.txt
 	.venv-docs/bin/python -m pip --disable-pip-version-check install -c $(CONSTRAINTS) -r .venv-docs/docs.txt
 	touch $@
 
 docs: .venv-docs/docs.stamp
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-package/package.stamp: setup.cfg $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-package
+	$(call extra,package) > .venv-package/package.txt
+	.venv-package/bin/python -m pip --disable-pip-version-check install -c $(CONSTRAINTS) -r .venv-package/package.txt
+	touch $@
+
+package: .venv-package/package.stamp
+	rm -rf build dist
+	.venv-package/bin/python -m build --no-isolation
+	.venv-package/bin/twine check --strict dist/*
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -84,5 +99,5 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .venv-oldest* .venv-docs build dist site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-oldest* .venv-docs .venv-package build dist site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
-"""What the notebooks train: a Llama of 201,280 parameters, and text for it. Nothing is downloaded, Python brings both.
+"""What the notebooks train: a small Llama with its tokenizer, and text for it. Nothing is downloaded.
 
-The model has read Python's language reference (`pydoc_data.topics`), as its user would have a model of the hub that has
-read the web. It is fine-tuned on source code of the standard library. Its tokens are bytes, so it needs no tokenizer.
+The model has read the docstrings of the standard library, as a model of the hub has read the web. It is fine-tuned on
+English (`pydoc_data.topics`, Python's language reference) or on source code. A token is a byte.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ import dataclasses
 import inspect
 import logging
 import pickle
+import random
 import shutil
 import subprocess
 import tarfile
 import tempfile
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import ModuleType
 
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+END, PADDING = 256, 257  # tokens besides the 256 bytes
 LENGTH = 128  # bytes in a row
 TRAINING = (argparse, ast, dataclasses, logging, pickle, subprocess, tarfile, typing)
 HELD_OUT = (inspect,)
@@ -38,16 +42,17 @@ def pretrained_model(folder: str = "runs/small-llama") -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as unfinished:
             pretrain().save_pretrained(unfinished)
+            tokenizer().save_pretrained(unfinished)
             shutil.copytree(unfinished, target)
     return folder
 
 
 def pretrain(steps: int = 150, rows: int = 8) -> LlamaForCausalLM:
-    """A Llama of four layers, trained on `rows` random rows of the language reference at each of `steps` steps."""
+    """A Llama of four layers, trained on `rows` random rows of docstrings at each of `steps` steps."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=256,
+            vocab_size=258,
             hidden_size=64,
             intermediate_size=172,
             num_hidden_layers=4,
@@ -56,10 +61,11 @@ def pretrain(steps: int = 150, rows: int = 8) -> LlamaForCausalLM:
             max_position_embeddings=LENGTH,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=None,
+            eos_token_id=END,
+            pad_token_id=PADDING,
         )
     )
-    text = torch.tensor(in_rows(topics[name] for name in sorted(topics)))
+    text = torch.tensor(in_rows(docstrings()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 3, steps)
     for _ in range(steps):
@@ -70,6 +76,29 @@ def pretrain(steps: int = 150, rows: int = 8) -> LlamaForCausalLM:
         scheduler.step()
         optimizer.zero_grad()
     return model
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens."""
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+    backend = Tokenizer(models.BPE(vocab={**vocabulary, "<end>": END, "<padding>": PADDING}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<padding>")
+
+
+def docstrings() -> Iterator[str]:
+    """Docstrings of modules of the standard library."""
+    for module in TRAINING + HELD_OUT:
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
+                yield text
+
+
+def english(rows: int) -> list[str]:
+    """`rows` pieces of Python's language reference, LENGTH bytes each, always the same ones."""
+    pieces = [bytes(row).decode(errors="ignore") for row in in_rows(topics[name] for name in sorted(topics))]
+    return random.Random(0).sample(pieces, rows)
 
 
 def source_code(modules: Iterable[ModuleType], rows: int) -> Dataset:

@@ -6,6 +6,7 @@ That its Python blocks run is seen to by test_readme.py. A block that starts wit
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import functools
 import http.server
@@ -29,7 +30,8 @@ from accelerate.commands.launch import launch_command_parser
 import grades_hf
 from benchmarks import compare
 from benchmarks import page as benchmark_page
-from grades_hf import cli
+from grades_hf.config import helps
+from grades_hf.tools import cli
 from recipes import finetune, finetune_vlm, no_trainer
 from tests.standin import PROJECT
 from tests.test_readme import PAGES
@@ -143,8 +145,22 @@ def test_equations_and_docstrings_are_rendered(site):
         assert text.count("<math ") >= least, name
         assert "arithmatex" not in text, name
     text = (site / "api.html").read_text(encoding="utf-8")
-    for name in [*(f"grades_hf.{name}" for name in grades_hf.__all__), "grades_hf.GradESLightningCallback"]:
+    for name in (f"grades_hf.{name}" for name in grades_hf.__all__):
         assert f'id="{name}"' in text, name
+    for name, default, _ in helps():
+        assert f"<code>{name}</code></td>\n<td><code>{default}</code>" in text, name
+
+
+def test_every_page_leads_to_the_repository(site):
+    """The address is that of setup.cfg; each page of docs/ can be edited there."""
+    setup = configparser.ConfigParser()
+    setup.read(PROJECT / "setup.cfg", encoding="utf-8")
+    address = setup["metadata"]["url"]
+    for page in DOCS.glob("**/*.md"):
+        name = page.relative_to(DOCS).with_suffix("").as_posix()
+        text = (site / f"{name}.html").read_text(encoding="utf-8")
+        assert f'href="{address}/edit/main/docs/{name}.md"' in text, name
+        assert f'href="{address}"' in text, name
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -172,6 +188,23 @@ def test_pages_in_a_browser(site, address, tmp_path):
     _, console = browse(f"{address}/elsewhere.html", tmp_path / "profile")
     (site / "elsewhere.html").unlink()
     assert any("Content Security Policy" in line for line in console)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_search_finds_a_page(address):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(f"{address}/index.html")
+        page.click(".md-search__input")
+        page.type(".md-search__input", "held-out rows")
+        page.wait_for_selector(".md-search-result__link", state="attached", timeout=60_000)
+        found = page.eval_on_selector_all(".md-search-result__link", "links => links.map(link => link.href)")
+        browser.close()
+    assert any("/concepts.html" in link for link in found)
 
 
 SCRIPTS = {"finetune": finetune, "finetune_vlm": finetune_vlm, "no_trainer": no_trainer, "compare": compare}

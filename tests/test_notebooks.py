@@ -16,7 +16,7 @@ from notebooks.execute import HERE, execute
 from tests.standin import PROJECT
 
 NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
-INSTALL = '%pip install -q -c ../constraints.txt -e "..[plots]"'
+INSTALL = '%pip install -q -c ../constraints.txt -e "..[notebooks]"'
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|tmp|work|usr|opt|var|Users|private)/|[A-Z]:\\\\")
 NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?")
 
@@ -31,6 +31,11 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 def outputs(notebook: nbformat.NotebookNode) -> list[Any]:
     return [output for cell in code_cells(notebook) for output in cell.outputs]
+
+
+def only_ours(output: Any) -> bool:
+    """Whether all that it says on stderr is the line with which GradES ends a run."""
+    return all(line.startswith("GradES: the run ends at step") for line in output.text.splitlines() if line)
 
 
 def shape(notebook: nbformat.NotebookNode) -> list[Any]:
@@ -56,13 +61,13 @@ def test_it_runs_and_its_outputs_are_those_of_a_run(file: Path, folder: Path) ->
     before = {path for path in HERE.rglob("*") if "__pycache__" not in path.parts}
     executed, committed = execute(file, folder), read(file)
     assert [cell.source for cell in executed.cells] == [cell.source for cell in committed.cells]
-    assert [output for output in outputs(executed) if output.get("name") == "stderr"] == []
+    assert [output for output in outputs(executed) if output.get("name") == "stderr" and not only_ours(output)] == []
     assert shape(executed) == shape(committed)
     assert {path for path in HERE.rglob("*") if "__pycache__" not in path.parts} == before
 
 
 def test_there_are_three() -> None:
-    assert [file.name for file in NOTEBOOKS] == ["01_quickstart.ipynb", "02_choosing_tau.ipynb", "03_any_loop.ipynb"]
+    assert [file.name for file in NOTEBOOKS] == ["01_default.ipynb", "02_paper.ipynb", "03_any_loop.ipynb"]
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
@@ -79,7 +84,7 @@ class TestTheFile:
         notebook = read(file)
         found = outputs(notebook)
         assert {output.output_type for output in found} <= {"stream", "display_data", "execute_result"}
-        assert {output.name for output in found if output.output_type == "stream"} == {"stdout"}
+        assert all(output.name == "stdout" or only_ours(output) for output in found if output.output_type == "stream")
         figures = [output.data["image/png"] for output in found if "image/png" in output.get("data", {})]
         assert figures
         assert all(base64.b64decode(figure).startswith(b"\x89PNG") for figure in figures)
@@ -110,13 +115,13 @@ def test_together_they_are_small() -> None:
 def test_the_install_cell_asks_for_what_there_is() -> None:
     setup = configparser.ConfigParser()
     setup.read(PROJECT / "setup.cfg", encoding="utf-8")
-    assert "plots" in setup["options.extras_require"]
+    assert "trl" in setup["options.extras_require"]["notebooks"]
     assert (HERE / ".." / "constraints.txt").is_file()
 
 
 def test_a_comparison_that_is_told_is_the_one_that_was_run() -> None:
     """02 says in words that stopping was better with every seed."""
-    cells = read(HERE / "02_choosing_tau.ipynb").cells
+    cells = read(HERE / "02_paper.ipynb").cells
     (text,) = [o.text for c in cells for o in c.get("outputs", []) if "minus loss of stopping" in o.get("text", "")]
     differences = [ast.literal_eval(value) for value in re.findall(r"[-+]\d\.\d+", text)]
     assert len(differences) == 3

@@ -79,7 +79,9 @@ def suggest(
             equal products a matrix.
         by: What gets a threshold of its own: `"projection"` (q, k, up, ...), `"group"` (attention, mlp, ...), in models
             with several towers those of each tower, or `"all"`.
-        alpha, patience, freeze_prefix: As in `GradESConfig`; default: those of the run.
+        alpha: As in `GradESConfig`; default: that of the run.
+        patience: As in `GradESConfig`; default: that of the run.
+        freeze_prefix: As in `GradESConfig`; default: that of the run.
 
     Raises:
         ValueError: an argument cannot be, the run froze something or says too little, or no threshold gives so little

@@ -23,7 +23,8 @@ class GradESTrainerMixin(_Base):
     Args:
         grades: The options, a `GradESConfig` or a dict of its fields; default: `GradESConfig()`, without a tau. All
             other arguments are the trainer's own.
-        held_out, look_metric: See `GradESCallback`.
+        held_out: See `GradESCallback`.
+        look_metric: See `GradESCallback`.
 
     Raises:
         ValueError: the trainer has a `GradESCallback` besides.
