@@ -56,10 +56,11 @@ def check(build: Callable[[Path, list[TrainerCallback]], Trainer], folder: Path,
     runs = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("grades_hf.ending.ending.MARGIN", 1e9)  # no look ends a run
-        for name, rise in (("none", 1e6), ("looks", 1e-6)):
-            if name == "looks":
-                patch.setattr(Rise, "update", always)
-            callback = GradESCallback(rise=rise, look_rows=16, **options)
+        for name, value in {"FIRST_STEP": 2, "EARLIEST": 0.0, "LATER": 1.0, "APART": 1.0}.items():
+            patch.setattr(f"grades_hf.ending.ending.{name}", value)  # one is due at every step
+        for name, most in (("none", 0), ("looks", 100)):
+            patch.setattr("grades_hf.ending.ending.MOST", most)
+            callback = GradESCallback(look_rows=16, **options)
             randoms = Randoms()
             trainer = randoms.trainer = build(folder / name, [callback, randoms])
             trainer.train()

@@ -158,7 +158,7 @@ class History:
         names, before = list(self._places), list(earlier._places)
         if names != before:
             rows = rows.in_order([earlier._places.get(name, -1) for name in names])
-        self.steps, self.logs = earlier.steps, earlier.logs
+        self.steps, self.logs, self.shares = earlier.steps, earlier.logs, earlier.shares
         self._ends = {name: end for name, end in earlier._ends.items() if name in self._places}
         self._journal.written = earlier._journal.written if names == before else {}
         self._take(rows)
