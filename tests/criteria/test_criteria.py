@@ -213,7 +213,7 @@ def loop(config: GradESConfig, rate: Callable[[int], float], resume_after: int =
             break
         if t == resume_after:
             state = engine.state_dict()
-            tensors = {key: state.pop(key) for key in ("previous", "tensors")}
+            tensors = {key: state.pop(key) for key in ("history", "previous", "tensors")}
             engine.close()
             engine = votes.watch(GradES(model, config, **how))
             engine.load_state_dict({**json.loads(json.dumps(state)), **tensors})

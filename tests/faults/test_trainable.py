@@ -165,8 +165,9 @@ def test_without_a_tau_only_what_takes_part_votes():
     engine = GradES(model, GradESConfig(rise=1e-9), total_steps=60, optimizer=optimizer, held_out=losses)
     for t in steps(engine, model, optimizer, **toy_batch(1)):
         if t == 20:
-            engine.ending.propose(2)
-    look = engine.ending.looks[0]
+            engine.ending.looks.clear()
+            engine.ending.consider(2)
+    look = next(look for look in engine.ending.looks if look["step"] == 20)
     assert (look["components"], look["votes"]) == (4, 2)
     engine.close()
 

@@ -84,14 +84,19 @@ def _watch(clipping: Clipping) -> None:
         _original = found
         clip_grad._clip_grads_with_norm_ = utils.clip_grads_with_norm_ = _wrap(found)
     _watching.add(clipping)
+    weakref.finalize(clipping, _restore)
     weakref.finalize(clipping, _forget)  # where an engine dies with its model and is never closed
 
 
-def _forget(clipping: Clipping | None = None) -> None:
+def _forget(clipping: Clipping) -> None:
+    _watching.discard(clipping)
+    _restore()
+
+
+def _restore() -> None:
+    """Nobody wants to know any more: torch is as it was. An engine that was never closed does so when it dies."""
     global _original
-    if clipping is not None:
-        _watching.discard(clipping)
-    if not list(_watching) and _original is not None:
+    if not _watching and _original is not None:
         clip_grad._clip_grads_with_norm_ = utils.clip_grads_with_norm_ = _original
         _original = None
 

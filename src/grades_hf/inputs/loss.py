@@ -85,14 +85,19 @@ def _watch(loss: Loss) -> None:
         _original = torch.autograd.backward
         torch.autograd.backward = _wrap(_original)
     _watching.add(loss)
+    weakref.finalize(loss, _restore)
     weakref.finalize(loss, _forget)  # where an engine dies with its model and is never closed
 
 
-def _forget(loss: Loss | None = None) -> None:
+def _forget(loss: Loss) -> None:
+    _watching.discard(loss)
+    _restore()
+
+
+def _restore() -> None:
+    """Nobody wants to know any more: torch is as it was. An engine that was never closed does so when it dies."""
     global _original
-    if loss is not None:
-        _watching.discard(loss)
-    if not list(_watching) and _original is not None:
+    if not _watching and _original is not None:
         torch.autograd.backward = _original
         _original = None
 

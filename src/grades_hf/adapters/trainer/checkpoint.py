@@ -135,7 +135,7 @@ def _compare(before: Any, now: Mapping[str, Any], engine: GradES, state: Trainer
         return
     rows, clipped = [], []
     for training in (before, now):
-        numbers = [training[name] for name in training]
+        numbers = [training[name] for name in now]  # a file has sorted keys
         if not all(isinstance(number, (int, float)) and 0 <= number < 1e9 for number in numbers):
             return
         rows.append(numbers[0] * numbers[1] * numbers[2])
