@@ -85,7 +85,6 @@ def _watch(clipping: Clipping) -> None:
         clip_grad._clip_grads_with_norm_ = utils.clip_grads_with_norm_ = _wrap(found)
     _watching.add(clipping)
     weakref.finalize(clipping, _restore)
-    weakref.finalize(clipping, _forget)  # where an engine dies with its model and is never closed
 
 
 def _forget(clipping: Clipping) -> None:

@@ -86,7 +86,6 @@ def _watch(loss: Loss) -> None:
         torch.autograd.backward = _wrap(_original)
     _watching.add(loss)
     weakref.finalize(loss, _restore)
-    weakref.finalize(loss, _forget)  # where an engine dies with its model and is never closed
 
 
 def _forget(loss: Loss) -> None:
