@@ -121,11 +121,11 @@ class Hooks:
 def monitoring(way: Way, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Hooks]:
     """Monitor `model` in this way for a while."""
     if way.options is not None:
-        config = GradESConfig(**{"tau": NEVER, "count_flops": False, **way.options})
+        config = GradESConfig(**{"tau": NEVER, **way.options})
         engine = GradES(model, config, total_steps=1000, optimizer=optimizer)
         yield Hooks(
             before=engine.step,
-            kept=lambda: sum(monitor.nbytes for monitor in engine.monitors.values()),
+            kept=lambda: sum(map(kept_bytes, engine.statistics.values())),
             watched=[parameter for component in engine.components for parameter in component.measured],
         )
         engine.close()
@@ -141,6 +141,12 @@ def monitoring(way: Way, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         yield Hooks(after=after, kept=lambda: cached_bytes(callback), callback=callback)
     else:
         yield Hooks()
+
+
+def kept_bytes(statistic: Any) -> int:
+    """Bytes that a statistic keeps from one step to the next: what it compares with, and the places of its sample."""
+    kept = sum(tensor.nbytes for tensor in statistic.previous.values())
+    return int(kept + (0 if statistic.sampler is None else statistic.sampler.nbytes))
 
 
 def cached_bytes(callback: Any) -> int:

@@ -96,7 +96,7 @@ def _forget(loss: Loss) -> None:
 def _restore() -> None:
     """Nobody wants to know any more: torch is as it was. An engine that was never closed does so when it dies."""
     global _original
-    if not _watching and _original is not None:
+    if not list(_watching) and _original is not None:  # its length counts what is dying just now
         torch.autograd.backward = _original
         _original = None
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import weakref
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -112,16 +113,17 @@ class FlopCounter(TorchDispatchMode):
             owners: Module -> component name -> elements of the component's tensors in it.
         """
         self._sizes, self._owners = sizes, owners
-        self._handles = [
-            register_module_forward_pre_hook(self._enter_module),
-            register_module_forward_hook(self._leave_module, always_call=True),
-        ]
+        handles = (
+            register_module_forward_pre_hook(_weakly(self._enter_module)),
+            register_module_forward_hook(_weakly(self._leave_module), always_call=True),
+        )
+        self._handles = [weakref.finalize(self, handle.remove) for handle in handles]  # torch's hooks outlive nothing
 
     def stop(self) -> None:
         """End it, also in the midst of a pass."""
         leave(self)
-        for handle in self._handles:
-            handle.remove()
+        for remove in self._handles:
+            remove()
         self._handles = []
 
     def _enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -190,6 +192,17 @@ class FlopCounter(TorchDispatchMode):
         active, self.place, _ = self._entered.pop() if self._entered else (False, Place(), Place())
         if not active:
             leave(self)
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """A function that calls a bound method as long as its object lives."""
+    held = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        if (found := held()) is not None:
+            found(*args)
+
+    return call
 
 
 def enter(counter: FlopCounter) -> None:
