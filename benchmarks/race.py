@@ -351,7 +351,7 @@ class ScheduleAlone:
         self.model, self.total_steps, self.t = engine.model, engine.total_steps, 0
         self.config = GradESConfig(return_weights="last")  # so that the end changes no weights
         self.ranks, self.history = Ranks(engine.model), SimpleNamespace(looks=[])
-        self.criterion, self.took_part = SimpleNamespace(level=math.inf), torch.ones(1)
+        self.criterion, self.learned = SimpleNamespace(level=math.inf), torch.ones(1)
         self.freezer = SimpleNamespace(freeze=lambda parameters: None, settle=lambda: None)
         self.held, self.ended = held, False
         self.average, self.ending = Average(engine.extension("average").horizon), Ending(held)
