@@ -182,7 +182,7 @@ def test_compiled_ddp_is_refused(tmp_path, monkeypatch):
     arguments = small.arguments(tmp_path, torch_compile=True)
     monkeypatch.setattr(type(arguments), "world_size", 2)
     with pytest.raises(ValueError, match="torch_compile"):
-        GradESCallback(tau=1.0)._refuse(arguments, small.Trainer(small.llama(), small.arguments(tmp_path)).state, None)
+        small.Trainer(small.llama(), arguments, callbacks=[GradESCallback(tau=1.0)])
 
 
 def test_mixed_precision_of_ddp_is_refused():
