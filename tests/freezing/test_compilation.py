@@ -50,14 +50,15 @@ def run(compiler: Compiler | None, *, parts: bool = False, **options: Any) -> tu
     config = GradESConfig(tau=1e-30, alpha=0, monitor="gradient_norm", **options)
     engine = GradES(trained, config, total_steps=STEPS, optimizer=optimizer)
     generator = torch.Generator().manual_seed(1)
-    while not engine.done:
-        for component in engine.components[: engine.t]:
-            component.tau = 1e30
+    for _ in range(STEPS):
+        engine.criterion.tau[: engine.t] = 1e30
         ids = torch.randint(3, 64, (2, 12), generator=generator)
         trained(input_ids=ids, labels=ids).loss.backward()
         engine.step()
         optimizer.step()
         optimizer.zero_grad()
+        if engine.done:
+            break
     frozen = dict(engine.frozen)
     engine.close()
     return frozen, {name: weight.clone() for name, weight in model.state_dict().items()}
