@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grades_hf import GradES
 from grades_hf.contracts import Check
+from grades_hf.reading import measure
 
 
 class Queue(TorchDispatchMode):
@@ -26,7 +27,7 @@ class Queue(TorchDispatchMode):
 
 
 def watch(patch: pytest.MonkeyPatch, engine: GradES) -> list[int]:
-    """The steps at which the values of a check are read, from now on; `_measure` and `_remember` may read nothing."""
+    """The steps at which the values of a check are read, from now on; `measure` and `_remember` may read nothing."""
     reads: list[int] = []
     values = Check.values
 
@@ -35,8 +36,8 @@ def watch(patch: pytest.MonkeyPatch, engine: GradES) -> list[int]:
         return values(check)
 
     patch.setattr(Check, "values", reading)
-    for name in ("_measure", "_remember"):
-        patch.setattr(engine, name, queued(engine, getattr(engine, name)))
+    patch.setattr("grades_hf.engine.measure", queued(engine, measure))
+    patch.setattr(engine, "_remember", queued(engine, engine._remember))
     return reads
 
 

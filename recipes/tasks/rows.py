@@ -77,7 +77,7 @@ def load(arguments: Any, training: Any, offline: bool = False) -> tuple[Dataset,
     train = train.shuffle(seed=training.seed if training.data_seed is None else training.data_seed)
     if held_out is None:
         number = arguments.held_out_rows
-        number = min(256, max(1, len(train) // 10)) if number is None else number
+        number = min(256, max(2, len(train) // 10), len(train) - 1) if number is None else number  # a look needs two
         if offline and arguments.data is None:  # the example rows are few
             number = min(number, len(train) // 4)
         if not 0 <= number < len(train):

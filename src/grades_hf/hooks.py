@@ -92,7 +92,13 @@ def _nothing(*_: Any) -> None:
 
 
 def hook(
-    module: nn.Module, kind: str, method: Callable[..., Any], *, keep: object = None, **options: bool
+    module: nn.Module,
+    kind: str,
+    method: Callable[..., Any],
+    *,
+    keep: object = None,
+    traced: bool = False,
+    **options: bool,
 ) -> Callable[[], None]:
     """Register a hook.
 
@@ -104,11 +110,17 @@ def hook(
         kind: `"forward_pre"`, `"forward"` or `"state_dict_pre"`.
         method: A bound method; its object is held weakly.
         keep: What lives as long as the hook is there.
+        traced: Whether torch.compile has to see into the method, which then is held strongly and copied: else the hook
+            would cut the graph in two.
         **options: `with_kwargs` or `always_call`, as torch documents them.
 
     Returns:
         What takes the hook off again.
     """
+    if traced:
+        register: Any = getattr(module, f"register_{kind}_hook")
+        remove: Callable[[], None] = register(method, **options).remove
+        return remove
     name, places = _DICTS[kind]
     hooks: OrderedDict[int, Any] = getattr(module, name)
     notes: list[dict[int, Any]] = [getattr(module, places[option]) for option, on in options.items() if on]
@@ -118,8 +130,8 @@ def hook(
     for note in notes:
         note[number] = Note(note)
 
-    def remove() -> None:
+    def take_off() -> None:
         for known in (hooks, *notes):
             known.pop(number, None)
 
-    return remove
+    return take_off

@@ -333,6 +333,8 @@ def test_rows_that_say_nothing_are_refused():
     model = loops.make("full")
     with pytest.raises(ValueError, match="no rows"):
         GradES(model, GradESConfig(), total_steps=9, held_out=[])
+    with pytest.raises(ValueError, match="at least two rows"):
+        GradES(model, GradESConfig(), total_steps=9, held_out=[{"input_ids": HELD_OUT[0], "labels": HELD_OUT[0]}])
     with pytest.raises(ValueError, match="no loss"):
         Rows([{"input_ids": HELD_OUT[0]}], 3).losses(model, Ranks(model))
     with pytest.raises(ValueError, match="at least two rows"):

@@ -147,7 +147,7 @@ def test_a_dry_run_of_an_unknown_model_takes_a_llama(
     with caplog.at_level("INFO", logger="recipes"):
         results = finetune.main([*options, "--dry_run", "true"])
     for line in (
-        f"This is a dry run: {dry_run.STEPS} steps of a small random model shaped like someone/model, on the 9 ",
+        f"This is a dry run: {dry_run.STEPS} steps of a small random model shaped like someone/model, on the 8 ",
         "The architecture of someone/model is not known without a download: the small model is a Llama.",
         "The thresholds are multiplied by",
     ):

@@ -286,9 +286,9 @@ def test_following_a_run_from_before_its_start_to_its_end(training, tmp_path):
     terminal = Terminal([*COMMAND, str(tmp_path / "run"), "--follow"], columns=60)
     terminal.wait_for(r"Waiting for .*")
     process = training()
-    terminal.wait_for(r"Step [3-9] of 12: 0 of 14 components are\s+frozen")
+    terminal.wait_for(r"Step \d+ of 12: \d+ of 14 components are\s+frozen")
     assert process.poll() is None
-    terminal.wait_for(r"Step (8|9|10|11) of 12: 2 of 14 components are\s+frozen")
+    terminal.wait_for(r"of 12: 2 of 14 components are\s+frozen")
     terminal.wait_for(r"s a step, at most\s+\d+ s left")
     assert process.wait(60) == 0
     assert terminal.close() == 0

@@ -8,6 +8,7 @@ gradient (PEFT, gradient checkpointing).
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -100,9 +101,10 @@ class Prefix(Extension):
             for tensor in (*site.weights, *site.biases)
         }
         self._left_out = ()
+        self._hook = functools.partial(hook, traced=Trait.COMPILED in run.traits)
         self._first: dict[nn.Module, int] = {}  # module -> its place in the order of the first forward pass
         undo.callback(self._close)
-        self._recorders = [hook(module, "forward_pre", self._record) for module in self.root.modules()]
+        self._recorders = [self._hook(module, "forward_pre", self._record) for module in self.root.modules()]
 
     def on_freeze(self, components: Sequence[Component], values: Tensor) -> None:
         self.update(self._run.t)
@@ -151,13 +153,13 @@ class Prefix(Extension):
             if not tower.cut:
                 continue
             self._undo(tower)
-            tower.hooks.append(hook(tower.blocks[0], "forward_pre", self._detach_inputs, with_kwargs=True))
+            tower.hooks.append(self._hook(tower.blocks[0], "forward_pre", self._detach_inputs, with_kwargs=True))
             for block in tower.blocks[: tower.cut]:
                 if getattr(block, "gradient_checkpointing", False):  # nothing is recomputed where nothing flows back
                     block.gradient_checkpointing = False  # type: ignore[assignment]
                     self._unchecked.append(block)
             if tower.cut < len(tower.blocks) and _reentrant(tower.blocks[tower.cut]):
-                tower.hooks.append(hook(tower.blocks[tower.cut - 1], "forward", self._require_gradient))
+                tower.hooks.append(self._hook(tower.blocks[tower.cut - 1], "forward", self._require_gradient))
 
     def state_dict(self) -> dict[str, Any]:
         """JSON types: what was frozen with the prefix, and how many blocks of each tower are cut off."""

@@ -73,6 +73,7 @@ class Meter(Extension):
         self._looks: list[Callable[[], None]] = []
         self._counter: FlopCounter | None = None  # of this step, if it is counted
         self._spent: Counter[str] = Counter()  # FLOPs of its forward passes
+        self._start: Counter[str] = Counter()  # FLOPs before the pass that runs
         self._sizes = Sizes(run.model)
         self._owners, self._home = _owners(run.model, run.components, self._sizes)
         towers = sequential_blocks(unwrap(run.model))
@@ -344,6 +345,8 @@ class Meter(Extension):
             return  # a recomputation: the pass itself was seen. Under GradCache there is none but inside
         if self._counter is not None:
             leave(self._counter)  # an interrupt has left it
+            if self._sizes.running:  # and what that pass has counted belongs to no whole pass
+                self._counter.parts = self._start
         if not self._begun:
             self._inside = inside
             self._begin()
