@@ -87,7 +87,9 @@ class Ending(Extension):
         if not function and not isinstance(self._held_out, Rows):
             self._rows = Rows(self._held_out, run.config.look_rows)
         if isinstance(self._rows, Rows) and len(self._rows) < 2:
-            raise ValueError("held_out gives only one loss, and a look needs at least two rows. Pass more held-out rows.")
+            raise ValueError(
+                "held_out gives only one loss, and a look needs at least two rows. Pass more held-out rows."
+            )
         self._epoch: float | None = None
         undo.callback(self._close)
 
