@@ -119,7 +119,7 @@ def test_reduction_mean_divides_by_the_number_of_elements():
     mean, _, _ = train(llama(), GradESConfig(tau=1e-30, reduction="mean"), steps=3)
     for component in total.components:
         expected = total.history.values[component.name][2] / component.numel
-        assert mean.history.values[component.name][2] == pytest.approx(expected, rel=1e-6)  # stored with single precision
+        assert mean.history.values[component.name][2] == pytest.approx(expected, rel=1e-6)
 
 
 def test_accumulated_batches_equal_one_large_batch():

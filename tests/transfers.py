@@ -18,12 +18,19 @@ class Queue(TorchDispatchMode):
 
     def __init__(self, *host: torch.Tensor) -> None:
         super().__init__()
-        self.host = {tensor.untyped_storage().data_ptr() for tensor in host}
+        self.host = list(host)  # they are kept, so that no other tensor gets their memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            assert args[0].untyped_storage().data_ptr() in self.host, "a host transfer of a single value"
-        return func(*args, **(kwargs or {}))
+            assert self._kept(args[0]), "a host transfer of a single value"
+        result = func(*args, **(kwargs or {}))
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and tensors and all(map(self._kept, tensors)):
+            self.host.append(result)
+        return result
+
+    def _kept(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in {kept.untyped_storage().data_ptr() for kept in self.host}
 
 
 def watch(patch: pytest.MonkeyPatch, engine: GradES) -> list[int]:
