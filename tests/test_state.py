@@ -95,7 +95,7 @@ def seen(engine: GradES, model: nn.Module) -> list[Any]:
 
 def flat(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return ["tensor", list(value.shape), value.tolist()]
+        return ["tensor", list(value.shape), repr(value.tolist())]  # of NaN, too
     if isinstance(value, dict):
         items = [(id(key) if isinstance(key, Tensor) else key, flat(inner)) for key, inner in value.items()]
         return sorted(items, key=lambda item: str(item[0]))
