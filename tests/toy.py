@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -175,9 +174,7 @@ def train(
             saved = io.BytesIO()
             state = engine.state_dict()
             tensors = {"model": model.state_dict(), "optimizer": torch_optimizer.state_dict()}
-            kept = {key: state.pop(key) for key in ("previous", "tensors")}
-            torch.save({**tensors, **kept}, saved)
-            text = json.dumps(state, sort_keys=True)
+            torch.save({**tensors, "engine": state}, saved)
             engine.close()
             saved.seek(0)
             loaded = torch.load(saved, weights_only=True)
@@ -186,6 +183,6 @@ def train(
             torch_optimizer = optimize(optimizer, model)
             torch_optimizer.load_state_dict(loaded["optimizer"])
             engine = run.engine = GradES(model, config, total_steps=STEPS, optimizer=torch_optimizer, held_out=held_out)
-            engine.load_state_dict({**json.loads(text), **{key: loaded[key] for key in kept}})
+            engine.load_state_dict(loaded["engine"])
             wrapped = wrap(model)
     return run
