@@ -73,22 +73,16 @@ notebooks: $(VENV)/dev.stamp
 # What an extra of setup.cfg asks for, alone.
 extra = awk '/^$(1) =/ { extra = 1; next } /^[^ ]/ { extra = 0 } extra' setup.cfg
 
-.venv-docs/docs.stamp: setup.cfg $(CONSTRAINTS)
-	$(PYTHON) -m venv .venv-docs
-	$(call extra,docs) > .venv-docs/docs.txt
-	.venv-docs/bin/python -m pip --disable-pip-version-check install -c $(CONSTRAINTS) -r .venv-docs/docs.txt
+.venv-docs/stamp .venv-package/stamp: .venv-%/stamp: setup.cfg $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv-$*
+	$(call extra,$*) > .venv-$*/extra.txt
+	.venv-$*/bin/python -m pip --disable-pip-version-check install -c $(CONSTRAINTS) -r .venv-$*/extra.txt
 	touch $@
 
-docs: .venv-docs/docs.stamp
+docs: .venv-docs/stamp
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
-.venv-package/package.stamp: setup.cfg $(CONSTRAINTS)
-	$(PYTHON) -m venv .venv-package
-	$(call extra,package) > .venv-package/package.txt
-	.venv-package/bin/python -m pip --disable-pip-version-check install -c $(CONSTRAINTS) -r .venv-package/package.txt
-	touch $@
-
-package: .venv-package/package.stamp
+package: .venv-package/stamp
 	rm -rf build dist
 	.venv-package/bin/python -m build --no-isolation
 	.venv-package/bin/twine check --strict dist/*

@@ -6,6 +6,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -76,12 +77,11 @@ class GradESLightningCallback(Callback):
             pl_module, self.config, total_steps=int(total), optimizer=trainer.optimizers[0], held_out=rows,
             scaler=getattr(trainer.precision_plugin, "scaler", None),
         )  # fmt: skip
-        if self._loaded and trainer.global_step:
-            try:
+        with ExitStack() as undo:
+            undo.callback(engine.close)
+            if self._loaded and trainer.global_step:
                 engine.load_state_dict(self._loaded)
-            except BaseException:
-                engine.close()
-                raise
+            undo.pop_all()
         self.engine, self._loss, self._loaded = engine, None, {}
         trainer.should_stop |= engine.done  # resumed from its own end
         pl_module.__dict__[_CLIP] = _ClipAndCheck(self, trainer, pl_module)
@@ -204,7 +204,7 @@ class _ValidationLoss:
             try:
                 with trainer.precision_plugin.val_step_context():
                     found = module.validation_step(batch, 0, **more)
-            except Exception as error:
+            except (AttributeError, LookupError, TypeError, ValueError) as error:  # as rows of another kind raise
                 raise ValueError(
                     f"GradES without a tau looks at the loss of held-out rows, and validation_step fails for the "
                     f"first: {error!r}. {WAYS_OUT}"

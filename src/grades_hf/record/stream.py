@@ -75,9 +75,8 @@ class File:
             written = [file._append(*batch) for batch in batches]
             os.fsync(file._descriptor)
             os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)  # where it has not taken its place
         return file, written
 
     @classmethod

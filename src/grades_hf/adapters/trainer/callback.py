@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,14 @@ class GradESCallback(BoundCallback, ExportableState):
         model, optimizer = refusals.module(kwargs["model"], trainer), kwargs["optimizer"]
         skip = validation.skips(config, args, trainer, kwargs.get("lr_scheduler"))
         rows = held_out_rows(config, trainer, model, self.held_out, self.look_metric)
-        engine = GradES(model, config, total_steps=state.max_steps, optimizer=optimizer, held_out=rows)
         path = Path(args.output_dir or ".")
-        try:
+        with ExitStack() as undo:
+            engine = GradES(model, config, total_steps=state.max_steps, optimizer=optimizer, held_out=rows)
+            undo.callback(engine.close)
             refusals.refuse_lost_adapters(args, engine)
             if state.global_step > 0:
                 checkpoint.resume(engine, type(self).__name__, state, path, args)
-        except BaseException:
-            engine.close()
-            raise
+            undo.pop_all()
         self.engine, self.checkpoint = engine, None
         self._run = reporting.Reports(
             engine,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -95,7 +97,7 @@ def _compares_rows(trainer: Trainer) -> bool:
     )
 
 
-class _Loss:
+class _Loss(ABC):
     """A number that a trainer computes for a batch of held-out rows; it keeps the trainer not alive.
 
     Whatever the trainer notes, counts or logs meanwhile is taken back.
@@ -111,43 +113,51 @@ class _Loss:
         with unnoted(noting[:1], log=_silent), unnoted(noting[1:]):
             return self.of(trainer, model, batch)
 
+    @abstractmethod
     def of(self, trainer: Trainer, model: nn.Module, batch: Any) -> Tensor:
-        raise NotImplementedError
+        """The number, in a tensor with one element."""
 
 
 class _TrainedLoss(_Loss):
     """The loss that the trainer trains on, whoever computes it: the model, a loss function, a subclass."""
 
-    _way: Callable[[Trainer, nn.Module, Any], Any] | None = None
-
     def of(self, trainer: Trainer, model: nn.Module, batch: Any) -> Tensor:
-        if self._way is not None:
-            return self._way(trainer, model, batch)  # type: ignore[no-any-return]
-        reasons = []
-        for way in (_evaluated, _computed):
-            try:
-                loss = way(trainer, model, dict(batch) if isinstance(batch, dict) else batch)
-            except Exception as error:
-                reasons.append(error)
-                continue
-            if isinstance(loss, Tensor) and loss.numel() == 1:
-                self._way = way
-                return loss
-            reasons.append(ValueError(f"what comes out is {type(loss).__name__}, and not a tensor with one element"))
-        raise ValueError(
-            f"GradES without a tau looks at the loss of held-out rows, and {type(trainer).__name__} computes none for "
-            f"the first of them: {str(reasons[-1])[:300]}. Do the rows of eval_dataset have labels? {WAYS_OUT}"
-        ) from reasons[0]
+        try:
+            loss = _trained_loss(trainer, model, batch)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # as rows without labels raise
+            raise _no_loss(trainer, str(error)[:300]) from error
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise _no_loss(trainer, f"what comes out is {type(loss).__name__}, and not a tensor with one element")
+        return loss
 
 
-def _evaluated(trainer: Trainer, model: nn.Module, batch: Any) -> Any:
-    return trainer.prediction_step(model, batch, prediction_loss_only=True)[0]
-
-
-def _computed(trainer: Trainer, model: nn.Module, batch: Any) -> Any:
-    """Where an evaluation finds no labels, or a subclass has not thought of evaluations."""
+def _trained_loss(trainer: Trainer, model: nn.Module, batch: Any) -> Any:
+    if _evaluates(trainer, batch):
+        loss = trainer.prediction_step(model, batch, prediction_loss_only=True)[0]
+        if loss is not None:
+            return loss
     with trainer.compute_loss_context_manager():
         return trainer.compute_loss(model, trainer._prepare_inputs(batch))
+
+
+def _evaluates(trainer: Trainer, batch: Any) -> bool:
+    """Whether an evaluation computes the loss of a batch; it needs labels and a `compute_loss` that returns outputs."""
+    takes = inspect.signature(trainer.compute_loss).parameters.values()
+    if not any(each.name == "return_outputs" or each.kind is each.VAR_KEYWORD for each in takes):
+        return False
+    if getattr(trainer.prediction_step, "__func__", None) is not Trainer.prediction_step:
+        return True
+    if not isinstance(batch, Mapping):
+        return False
+    names = trainer.label_names
+    return all(batch.get(name) is not None for name in names) if names else bool(trainer.can_return_loss)
+
+
+def _no_loss(trainer: Trainer, why: str) -> ValueError:
+    return ValueError(
+        f"GradES without a tau looks at the loss of held-out rows, and {type(trainer).__name__} computes none for "
+        f"the first of them: {why}. Do the rows of eval_dataset have labels? {WAYS_OUT}"
+    )
 
 
 class _Metric(_Loss):

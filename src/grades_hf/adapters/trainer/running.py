@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any
@@ -31,7 +32,7 @@ def running_trainer() -> Trainer | None:
     return None
 
 
-class BoundCallback(TrainerCallback):
+class BoundCallback(TrainerCallback, ABC):
     """What a binding needs of a callback.
 
     Attributes:
@@ -40,6 +41,7 @@ class BoundCallback(TrainerCallback):
 
     config: GradESConfig
 
+    @abstractmethod
     def leaves_out(self, part: str, *, at_start: bool) -> bool:
         """Whether a part of the loop has nothing to do.
 
@@ -47,15 +49,14 @@ class BoundCallback(TrainerCallback):
             part: The name of the method.
             at_start: Whether it is the evaluation before the first step.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, logs: Mapping[str, Any]) -> dict[str, float]:
         """The scalars that belong to a log."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self) -> None:
         """End the current run, if there is one."""
-        raise NotImplementedError
 
 
 class Binding:
@@ -105,14 +106,14 @@ class Binding:
         if callback is not None and callback.leaves_out(name, at_start="skip_scheduler" in kwargs):
             self.trainer.control.should_training_stop |= name == "_run_epoch"
             return {}
+        over = True
         try:
             result = self._original(self.trainer, name)(*args, **kwargs)
-        except BaseException:
-            self._end()
-            raise
-        if name == "_inner_training_loop":
-            self._end()
-        return result
+            over = name == "_inner_training_loop"
+            return result
+        finally:
+            if over:
+                self._end()
 
     def _end(self) -> None:
         for callback in self.trainer.callback_handler.callbacks:
