@@ -68,6 +68,17 @@ def real_text() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def vqa_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with questions about pictures: easy-VQA, or drawn ones."""
+    if (found := standin.find("data", "easy_vqa")) is not None:
+        return found
+    folder = tmp_path_factory.mktemp("vqa")
+    standin.questions(200, 0).to_parquet(folder / "train.parquet")
+    standin.questions(60, 1).to_parquet(folder / "validation.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_blocks(real_text: list[str], tiny_tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """The text as one row of tokens of the small model, at least 20,000."""
     tokens: list[int] = []

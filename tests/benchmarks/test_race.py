@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import race, race_page, race_tasks
+from benchmarks import race, race_page, race_rules, race_tasks, race_thresholds
 from benchmarks.race_tasks import SETTINGS, Places
 
 NOWHERE = Places("", "")
@@ -89,7 +89,7 @@ def test_settings_by_name(monkeypatch, capsys):
 
 
 def test_early_stopping():
-    rule, seen = race.EarlyStopping(2), []
+    rule, seen = race_rules.EarlyStopping(2), []
     for loss in (3.0, 2.0, 1.9996, 2.5, 2.0):
         seen.append(rule.validate(torch.tensor([loss, loss, 99.0]), lambda loss=loss: [torch.tensor(loss)]))
     assert seen == [False, False, False, False, True]
@@ -99,12 +99,12 @@ def test_early_stopping():
 
 def test_a_threshold_is_the_smallest_that_gives_the_compute():
     late = {"a": [5.0, 4.0, 3.0, 2.0, 1.0], "b": [6.0, 5.0, 4.0, 3.0, 2.0]}
-    tau = race.choose(late, 10)
+    tau = race_thresholds.choose(late, 10)
     # At 3: a freezes at its third late step, b at its fourth; the run ends there.
     assert tau == pytest.approx(5)
-    assert race.choose({"a": [2.0, 2.0, 1.0, 1.0]}, 10) == pytest.approx(2)
+    assert race_thresholds.choose({"a": [2.0, 2.0, 1.0, 1.0]}, 10) == pytest.approx(2)
     with pytest.raises(ValueError, match="no threshold"):
-        race.choose({"a": [math.nan] * 4}, 10)
+        race_thresholds.choose({"a": [math.nan] * 4}, 10)
 
 
 def test_labels_are_wrong_where_they_are_to_be():

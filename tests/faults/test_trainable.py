@@ -167,7 +167,7 @@ def test_without_a_tau_only_what_takes_part_votes():
         if t == 20:
             engine.ending.looks.clear()
             engine.ending.consider(2)
-    look = next(look for look in engine.ending.looks if look["step"] == 20)
+            (look,) = engine.ending.looks
     assert (look["components"], look["votes"]) == (4, 2)
     engine.close()
 

@@ -2,64 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import random
 from pathlib import Path
 
-import datasets
-import numpy as np
-import PIL.Image
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from grades_hf import GradESCallback, find_components
 from recipes import finetune_vlm
-from tests import standin
 from tests.small import Spy, arguments, between
 
 
-def drawn(rows: int, seed: int) -> Dataset:
-    """Questions about coloured rectangles, for machines without easy-VQA."""
-    rng = random.Random(seed)
-    colours = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
-    table: dict[str, list] = {"image": [], "question": [], "answer": []}
-    for _ in range(rows):
-        name = rng.choice(list(colours))
-        pixels = np.full((64, 64, 3), 255, np.uint8)
-        left, top = rng.randrange(30), rng.randrange(30)
-        pixels[top : top + 20, left : left + 30] = colours[name]
-        buffer = io.BytesIO()
-        PIL.Image.fromarray(pixels).save(buffer, format="PNG")
-        asked = rng.choice(list(colours))
-        question, answer = rng.choice(
-            [
-                ("what color is the shape?", name),
-                (f"is there a {asked} shape?", "yes" if asked == name else "no"),
-            ]
-        )
-        table["image"].append({"bytes": buffer.getvalue(), "path": None})
-        table["question"].append(question)
-        table["answer"].append(answer)
-    return Dataset.from_dict(table).cast_column("image", datasets.Image())
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if (found := standin.find("data", "easy_vqa")) is not None:
-        return found
-    folder = tmp_path_factory.mktemp("vqa")
-    drawn(200, 0).to_parquet(folder / "train.parquet")
-    drawn(60, 1).to_parquet(folder / "validation.parquet")
-    return folder
-
-
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_each_tower_has_its_own_threshold(kind: str, data_dir: Path, tmp_path: Path) -> None:
-    rows = finetune_vlm.load_rows(str(data_dir), "train", 64)
+def test_each_tower_has_its_own_threshold(kind: str, vqa_dir: Path, tmp_path: Path) -> None:
+    rows = finetune_vlm.load_rows(str(vqa_dir), "train", 64)
 
     def train(tau: dict[str, float], alpha: float, folder: str) -> tuple[GradESCallback, Spy]:
         torch.manual_seed(0)
@@ -103,8 +61,8 @@ def test_each_tower_has_its_own_threshold(kind: str, data_dir: Path, tmp_path: P
             assert any(not torch.equal(spy.weights[8][name], spy.weights[9][name]) for name in own)
 
 
-def test_both_towers_are_found_under_lora(data_dir: Path) -> None:
-    model, _ = finetune_vlm.random_model(finetune_vlm.load_rows(str(data_dir), "train", 8))
+def test_both_towers_are_found_under_lora(vqa_dir: Path) -> None:
+    model, _ = finetune_vlm.random_model(finetune_vlm.load_rows(str(vqa_dir), "train", 8))
     full = [(c.name, c.tower) for c in find_components(model)]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     assert [(c.name, c.tower) for c in find_components(adapted)] == full

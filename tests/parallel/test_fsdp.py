@@ -23,6 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from grades_hf import GradES, GradESCallback, GradESConfig
+from grades_hf.adapters.trainer.refusals import refuse
 from grades_hf.parallel.sharded import placed_like
 from tests import fsdp_worker, small
 from tests.fsdp_worker import LENGTH, ROWS, SAVED, STEPS, Case, TrainerCase
@@ -298,7 +299,7 @@ def test_fsdp1_is_refused_before_training(tmp_path):
     arguments = small.arguments(tmp_path)
     arguments.fsdp_plugin_args = {"fsdp_version": 1}
     with pytest.raises(ValueError, match="FSDP1"):
-        GradESCallback(tau=1.0)._refuse(arguments, small.Trainer(small.llama(), small.arguments(tmp_path)).state, None)
+        refuse(GradESConfig(tau=1.0), arguments, small.Trainer(small.llama(), small.arguments(tmp_path)).state)
 
 
 @pytest.mark.compatibility("Distributed", "tensor parallelism", "refused")
@@ -364,7 +365,7 @@ def test_deepspeed_is_refused_before_training(route, tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="DeepSpeed"):
             GradES(small.llama(), GradESConfig(tau=1.0), total_steps=1)
     with pytest.raises(ValueError, match="DeepSpeed: ZeRO updates flat partitions.*FSDP2"):
-        GradESCallback(tau=1.0)._refuse(arguments, state, None)
+        refuse(GradESConfig(tau=1.0), arguments, state)
 
 
 def test_deepspeeds_engine_and_optimizer_are_refused():

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
-import random
 from pathlib import Path
 
-import datasets
-import numpy as np
-import PIL.Image
 import pytest
 import yaml
-from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from grades_hf import History
@@ -23,43 +17,8 @@ CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 VISION = sorted(file.stem for file in CONFIGS.glob("vlm_*.yaml"))
 
 
-def drawn(rows: int, seed: int) -> Dataset:
-    """Questions about coloured rectangles, for machines without easy-VQA."""
-    rng = random.Random(seed)
-    colours = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
-    table: dict[str, list] = {"image": [], "question": [], "answer": []}
-    for _ in range(rows):
-        name = rng.choice(list(colours))
-        pixels = np.full((64, 64, 3), 255, np.uint8)
-        left, top = rng.randrange(30), rng.randrange(30)
-        pixels[top : top + 20, left : left + 30] = colours[name]
-        buffer = io.BytesIO()
-        PIL.Image.fromarray(pixels).save(buffer, format="PNG")
-        asked = rng.choice(list(colours))
-        question, answer = rng.choice(
-            [
-                ("what color is the shape?", name),
-                (f"is there a {asked} shape?", "yes" if asked == name else "no"),
-            ]
-        )
-        table["image"].append({"bytes": buffer.getvalue(), "path": None})
-        table["question"].append(question)
-        table["answer"].append(answer)
-    return Dataset.from_dict(table).cast_column("image", datasets.Image())
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if (found := standin.find("data", "easy_vqa")) is not None:
-        return found
-    folder = tmp_path_factory.mktemp("vqa")
-    drawn(200, 0).to_parquet(folder / "train.parquet")
-    drawn(60, 1).to_parquet(folder / "validation.parquet")
-    return folder
-
-
-def test_what_is_learned_is_the_answer(data_dir: Path) -> None:
-    rows = finetune_vlm.load_rows(str(data_dir), "train", 32)
+def test_what_is_learned_is_the_answer(vqa_dir: Path) -> None:
+    rows = finetune_vlm.load_rows(str(vqa_dir), "train", 32)
     _, processor = finetune_vlm.random_model(rows)
     batch = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)([rows[0], rows[1], rows[2]])
     for number in range(3):
@@ -76,10 +35,10 @@ def test_what_is_learned_is_the_answer(data_dir: Path) -> None:
 @pytest.mark.compatibility("Trainer", "vision-language models (recipes/finetune_vlm.py)", "works")
 @pytest.mark.parametrize("name", VISION)
 @pytest.mark.parametrize("peft", ["true", "false"])
-def test_the_recipe_runs_without_the_hub(peft: str, name: str, data_dir: Path, tmp_path: Path) -> None:
+def test_the_recipe_runs_without_the_hub(peft: str, name: str, vqa_dir: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     assert config["tau"] == {"vision": 3.3, "language": 33.0}
-    options = ["--config", str(CONFIGS / f"{name}.yaml"), "--data_dir", str(data_dir), "--dry_run", "true"]
+    options = ["--config", str(CONFIGS / f"{name}.yaml"), "--data_dir", str(vqa_dir), "--dry_run", "true"]
     results = finetune_vlm.run([*options, "--use_peft", peft, "--output_dir", str(tmp_path)])
     assert results["steps_planned"] == dry_run.STEPS
     frozen = {tower: results[f"frozen {tower}"].split(" of ") for tower in ("vision", "language")}
@@ -98,14 +57,14 @@ def test_the_recipe_runs_without_the_hub(peft: str, name: str, data_dir: Path, t
         (["--test_rows", "0"], "must be 1 or more"),
     ],
 )
-def test_the_recipe_refuses(change: list[str], message: str, data_dir: Path, tmp_path: Path) -> None:
-    argv = ["--config", str(CONFIGS / f"{VISION[0]}.yaml"), "--data_dir", str(data_dir), "--dry_run", "true"]
+def test_the_recipe_refuses(change: list[str], message: str, vqa_dir: Path, tmp_path: Path) -> None:
+    argv = ["--config", str(CONFIGS / f"{VISION[0]}.yaml"), "--data_dir", str(vqa_dir), "--dry_run", "true"]
     with pytest.raises(ValueError, match=message):
         finetune_vlm.run([*argv, "--output_dir", str(tmp_path / "run"), "--train_rows", "32", *change])
 
 
 def test_rows_that_lack_a_column(tmp_path: Path) -> None:
-    drawn(4, 0).remove_columns("answer").to_parquet(tmp_path / "train.parquet")
+    standin.questions(4, 0).remove_columns("answer").to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="lacks the column 'answer'"):
         finetune_vlm.load_rows(str(tmp_path), "train", None)
     with pytest.raises(ValueError, match="data_dir is missing"):

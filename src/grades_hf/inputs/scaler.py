@@ -26,7 +26,8 @@ class Scaler(Extension):
     name = "scaler"
     error = RuntimeError
     refuses = {
-        Trait.SHARDED: "ranks may disagree on which step is skipped. Train in bfloat16 (bf16=True).",
+        Trait.SHARDED: "a gradient scaler (fp16) does not work with sharded parameters (FSDP2): ranks may disagree on "
+        "which step is skipped. Train in bfloat16 (bf16=True).",
     }
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
