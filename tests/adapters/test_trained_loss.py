@@ -210,6 +210,17 @@ def test_without_rows_or_without_their_loss_it_is_refused_before_the_first_step(
     assert trainer.state.global_step == 2
 
 
+def test_an_evaluation_that_fails_is_not_passed_over(tmp_path):
+    class Full(Trainer):
+        def prediction_step(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("no memory for a held-out row")
+
+    trainer = overfit.trainer(llama(), tmp_path, [GradESCallback()], Full, max_steps=2)
+    with pytest.raises(torch.OutOfMemoryError, match="held-out row"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_rows_with_a_tau_are_refused(tmp_path):
     with pytest.raises(ValueError, match="held_out is about looks"):
         overfit.trainer(llama(), tmp_path, [GradESCallback(tau=1.0, held_out=tokens(4))]).train()
