@@ -119,10 +119,13 @@ class Statistic(ABC):
     sampler: Sampler | None
 
     @abstractmethod
-    def measure(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """The statistic of each parameter, a 0-d tensor on its device in float32 or better.
+    def measure(self, parameters: Sequence[Tensor]) -> tuple[list[int], Tensor]:
+        """The statistic of each parameter, on the device of the first; there is no transfer to the host.
 
         Left out are parameters that do not take part, and those that have nothing to compare with.
+
+        Returns:
+            The indices in `parameters` of those n that have a value, in order, and the values, (n,) float64.
         """
 
     @abstractmethod
@@ -130,7 +133,7 @@ class Statistic(ABC):
         """Whether this step's batch involved `parameter`."""
 
     @abstractmethod
-    def remember(self, parameters: Iterable[Tensor]) -> None:
+    def remember(self, parameters: Sequence[Tensor]) -> None:
         """Keep what the check at the next step needs of these parameters, and nothing of others."""
 
     @abstractmethod

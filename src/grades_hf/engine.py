@@ -21,7 +21,7 @@ from .ending import HeldOut
 from .find.components import Component, kinds, release
 from .hooks import hook
 from .parallel.refusals import refuse_foreign
-from .reading import measure, valid
+from .reading import Plan, measure, valid
 from .record.savings import Savings
 from .statistics import make_statistic
 
@@ -109,6 +109,7 @@ class GradES:
         self.took_part = torch.zeros(len(self.components), dtype=torch.bool)  # who ever had a gradient
         self._place = {component.name: place for place, component in enumerate(self.components)}
         self._live: list[Component] | None = None
+        self._plan: Plan | None = None
         self._open: Check | None = None  # a check that is not decided upon yet
         self._resumed = False
         self._remembers = True  # whether tensors of the last step in a checkpoint are of this statistic
@@ -149,8 +150,8 @@ class GradES:
         for extension in self.extensions:
             extension.before_check(step)
         if self.t % self.config.check_every == 0:
-            names = [component.name for component in self.live]  # all W not in F
-            self._open = Check(self.t, names, self.ranks.agree(measure(self, step)))  # G_W(t)
+            values = self.ranks.agree(measure(self, step))  # G_W(t) of all W not in F
+            self._open = Check(self.t, self.plan.names, values)
             if not self.config.delay_transfer:
                 self._decide()
         self._remember(step)
@@ -162,8 +163,7 @@ class GradES:
         if self._open is None or self.ended is not None:
             return
         check, self._open = self._open, None
-        components, values = valid(self, check)
-        places = torch.tensor([self._place[component.name] for component in components], dtype=torch.long)
+        components, places, values = valid(self, check)
         verdicts = self.criterion.update(places, check.step, values)  # G_W(t) < tau_W
         if check.step <= self.t_grace:
             return
@@ -203,6 +203,13 @@ class GradES:
         if self._live is None:
             self._live = [component for component in self.components if component.name not in self.frozen]
         return self._live
+
+    @property
+    def plan(self) -> Plan:
+        """What a check has to know of the components that are live now."""
+        if self._plan is None or self._plan.components is not self.live:
+            self._plan = Plan(self)
+        return self._plan
 
     @property
     def frozen_fraction(self) -> float:
@@ -277,6 +284,7 @@ class GradES:
         undo.close()
         if (active := _active.get(self.model)) is not None and active() is self:
             del _active[self.model]
+        self._plan = None
         release(self.components, self.model)
         self.statistics = {name: make_statistic(name) for name in self.statistics}
         self.optimizers = []
@@ -351,7 +359,7 @@ class GradES:
             if step.skipped:
                 statistic.forget(list(statistic.previous))
             else:
-                statistic.remember(p for c in self.live if due and c.monitor == name for p in c.measured)
+                statistic.remember(self.plan.parameters[name] if due else [])
 
     # --- parts -----------------------------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ def join(engine: GradES, parameters: Sequence[Tensor]) -> None:
             "GradES step %d: %d more components are trained (%s) and tracked from now on.",
             engine.t, len(fresh), kinds(fresh),
         )  # fmt: skip
+    engine._live = None
     for left, why in ((late, "their components are frozen already"), (without, "tau has no key for them")):
         if left:
             logger.warning(
@@ -101,7 +102,6 @@ def _add(engine: GradES, fresh: list[Component]) -> None:
     if isinstance(engine.criterion, Threshold):
         engine.criterion.tau = torch.tensor([c.tau or 0.0 for c in engine.components], dtype=torch.float64)
     engine.history.add_components(fresh)
-    engine._live = None
 
 
 # --- a resumed run, in which they have not joined yet ----------------------------------------------------------------

@@ -56,6 +56,8 @@ class Clipping(Extension):
         step.factors = self._factors
 
     def correct(self, values: Tensor, components: Sequence[Component], step: Step) -> Tensor:
+        if not step.factors:
+            return values
         factors = [step.factors.get(component.measured[0]) for component in components]
         first = next((factor for factor in factors if factor is not None), None)
         if first is None:

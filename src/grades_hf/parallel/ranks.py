@@ -111,29 +111,30 @@ class Ranks(Extension):
         dist.all_gather_object(parts, rows, group=self._group)
         return rows if all(part == parts[0] for part in parts) else [row for part in parts for row in part]
 
-    def add_shards(self, norms: Sequence[Tensor], of: Sequence[Tensor], among: Sequence[Tensor]) -> list[Tensor]:
+    def add_shards(self, norms: Tensor, of: Sequence[Tensor], among: Sequence[Tensor]) -> Tensor:
         """Sums over whole tensors from sums over shards; one collective for all, made also where there is none.
 
         Args:
-            norms: 0-d tensors, what this rank has measured on its shards.
-            of: The parameters that they belong to.
+            norms: (n,) float64, what this rank has measured on its shards.
+            of: The n parameters that they belong to.
             among: All parameters that any rank may have measured, in the same order on every rank.
 
         Returns:
-            For each of `norms` the sum over the ranks that hold different shards of its parameter (so not over the
-            replicas of HSDP); NaN where one of them has measured nothing.
+            (n,) float64, for each of `norms` the sum over the ranks that hold different shards of its parameter (so not
+            over the replicas of HSDP); NaN where one of them has measured nothing.
         """
         if not self.sharded or not among:
-            return list(norms)
+            return norms
         device = among[0].device_mesh.device_type if isinstance(among[0], DTensor) else among[0].device
         place = {parameter: index for index, parameter in enumerate(among)}
         indices = [place[parameter] for parameter in of]
         every = torch.zeros(self.number, len(among), dtype=torch.float64, device=device)  # one row a rank
         own = every[dist.get_rank()].fill_(math.nan)
         if indices:
-            own[indices] = torch.stack([norm.double() for norm in norms]).to(own.device)
+            own[indices] = norms.to(own.device)
         dist.all_reduce(every)
-        return [every[holders(among[index]), index].sum() for index in indices]
+        sums = [every[holders(among[index]), index].sum() for index in indices]
+        return torch.stack(sums) if sums else norms
 
     def on_grad_pattern(self) -> None:
         self._stale = True

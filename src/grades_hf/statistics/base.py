@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,19 +35,26 @@ class L1Statistic(Statistic):
     def takes_part(self, parameter: Tensor) -> bool:
         return self.source(parameter) is not None
 
-    def measure(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        sources = self._sources(p for p in parameters if not self.two_steps or self._comparable(p))
+    def measure(self, parameters: Sequence[Tensor]) -> tuple[list[int], Tensor]:
+        sources = self._sources(parameters)
+        earlier = self._comparable(parameters) if self.two_steps else sources
+        pairs = zip(sources, earlier, strict=True)
+        found = [i for i, (source, before) in enumerate(pairs) if source is not None and before is not None]
+        now = [source for source in (sources[i] for i in found) if source is not None]
+        own = [parameters[i] for i in found]
         if self.sampler is not None:
-            sources = self._samples = {p: self.sampler.take(p, source) for p, source in sources.items()}
-        now = list(sources.values())
-        norms = l1_distances(now, [self.previous[p] for p in sources]) if self.two_steps else l1_norms(now)
-        if self.sampler is not None and norms:
-            torch._foreach_mul_(norms, [self.sampler.factor(parameter) for parameter in sources])
-        return dict(zip(sources, norms, strict=True))
+            now = [self.sampler.take(p, source) for p, source in zip(own, now, strict=True)]
+            self._samples = dict(zip(own, now, strict=True))
+        norms = l1_distances(now, [self.previous[p] for p in own]) if self.two_steps else l1_norms(now)
+        if self.sampler is not None:
+            factors = [self.sampler.factor(parameter) for parameter in own]
+            norms *= torch.tensor(factors, dtype=torch.float64, device=norms.device)
+        return found, norms
 
-    def remember(self, parameters: Iterable[Tensor]) -> None:
+    def remember(self, parameters: Sequence[Tensor]) -> None:
         if self.two_steps:
-            self.previous = self._kept(self._sources(parameters))
+            sources = zip(parameters, self._sources(parameters), strict=True)
+            self.previous = self._kept({p: source for p, source in sources if source is not None})
         self._samples = {}
 
     def forget(self, parameters: Iterable[Tensor]) -> None:
@@ -60,27 +67,33 @@ class L1Statistic(Statistic):
     def fitting(self, parameter: Tensor, saved: Tensor) -> Tensor:
         return placed_like(saved, parameter) if self.sampler is None else self.sampler.fitting(parameter, saved)
 
-    def _sources(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        found = ((parameter, self.source(parameter)) for parameter in parameters)
-        return {parameter: source for parameter, source in found if source is not None}
+    def _sources(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        return [self.source(parameter) for parameter in parameters]
 
-    def _comparable(self, parameter: Tensor) -> bool:
-        return self._is_here(parameter)
+    def _comparable(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """What this step of each is compared with, None where that is nothing."""
+        return self._here(parameters)
 
-    def _is_here(self, parameter: Tensor) -> bool:
-        """Whether something is kept for `parameter`, and on its device: the model may have moved since."""
-        previous = self.previous.get(parameter)
-        return previous is not None and previous.device == parameter.device
+    def _here(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """What is kept of each; None where that is nothing, or not on its device: the model may have moved since."""
+        kept = list(map(self.previous.get, parameters))
+        devices = {tensor.device for tensor in kept if tensor is not None}
+        if devices and devices | {parameter.device for parameter in parameters} != {parameters[0].device}:
+            return [
+                None if tensor is None or tensor.device != parameter.device else tensor
+                for parameter, tensor in zip(parameters, kept, strict=True)
+            ]
+        return kept
 
     def _kept(self, sources: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """What to keep of each: copies, in the memory of those of the step before."""
         kept: dict[Tensor, Tensor] = {}
-        for parameter, source in sources.items():
-            if self.sampler is not None:
+        if self.sampler is not None:
+            for parameter, source in sources.items():
                 sample = self._samples.get(parameter)
                 kept[parameter] = self.sampler.take(parameter, source) if sample is None else sample
-            elif self._is_here(parameter):
-                kept[parameter] = self.previous[parameter].copy_(source)
-            else:
-                kept[parameter] = source.clone()
+            return kept
+        earlier = self._here(list(sources))
+        for (parameter, source), before in zip(sources.items(), earlier, strict=True):
+            kept[parameter] = source.clone() if before is None else before.copy_(source)
         return kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -48,19 +48,23 @@ class GradientChange(L1Statistic):
         if self._witness is not None and any(parameter is self._witness[0] for parameter in parameters):
             self._witness = None
 
-    def _comparable(self, parameter: Tensor) -> bool:
-        previous = self.previous.get(parameter)
-        if not self._is_here(parameter) or previous is None:
-            return False
-        if self._versions.get(parameter, previous._version) == previous._version:
-            return True
-        if self._may_keep:
+    def _comparable(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        kept = super()._comparable(parameters)
+        if not self._versions:
+            return kept
+        versions = map(self._versions.get, parameters)
+        triples = enumerate(zip(kept, versions, strict=True))
+        written = [i for i, (tensor, v) in triples if tensor is not None and v is not None and tensor._version != v]
+        for i in written:
+            kept[i] = None
+        if written and self._may_keep:
             logger.warning(
                 "GradES: something wrote to a gradient after the optimizer step that used it; the comparison of "
                 "this step is left out for the affected matrices, and gradients are copied from now on."
             )
-        self._may_keep = False
-        return False
+        if written:
+            self._may_keep = False
+        return kept
 
     def _kept(self, sources: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         if self.sampler is not None:
@@ -68,15 +72,15 @@ class GradientChange(L1Statistic):
         if self._may_keep is None and self._witness is not None:
             self._may_keep = self._witness[1]() is None
             self._witness = None
-        own = {p: gradient for p, gradient in sources.items() if self._may_keep and _owns_its_memory(gradient)}
-        for parameter in self._versions:  # a gradient's own buffer is no memory to copy into
+        own = {p: gradient for p, gradient in sources.items() if _owns_its_memory(gradient)} if self._may_keep else {}
+        others = {p: gradient for p, gradient in sources.items() if p not in own} if len(own) < len(sources) else {}
+        for parameter in self._versions if others else ():  # a gradient's own buffer is no memory to copy into
             self.previous.pop(parameter, None)
         self._versions = {parameter: gradient._version for parameter, gradient in own.items()}
         if self._may_keep is None and sources:
             parameter, gradient = next(iter(sources.items()))
             self._witness = parameter, weakref.ref(gradient)
-        copied = super()._kept({p: gradient for p, gradient in sources.items() if p not in own})
-        return {**own, **copied}
+        return {**own, **super()._kept(others)} if others else own
 
 
 def _owns_its_memory(tensor: Tensor) -> bool:
