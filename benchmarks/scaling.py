@@ -1,13 +1,17 @@
-"""What GradES costs as a run grows: the record of long runs and of many components.
+"""What GradES costs as a run grows: the record of long runs and of many components, and a step.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --parts history
+    python -m benchmarks.scaling --parts steps
 
 **history**: a run is recorded as a trainer does it, with a log every ten steps and a checkpoint every 500 (or 100) of
 them. In a process of its own for each size: bytes on disk, CPU time of a recorded check and of a checkpoint's save,
 memory beyond that of the process before, and CPU time of what reads the record (`status`, a plot, a resume). Values are
 random and nothing freezes, which is the most that a record can hold. "json" is the format of version 0.1, which was
 rewritten at each save, measured on a fiftieth of the checks and multiplied.
+
+**steps**: the CPU time of a step beyond the kernels, by components and by the step of the run, for each criterion, with
+gradients that change and gradients that are 0; see `benchmarks/scaling_steps.py`.
 
 Writes benchmarks/results/scaling.json; parts that were not run keep their figures.
 """
@@ -163,14 +167,20 @@ def history_part(options: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-# What a step costs as components grow goes here, under a name of its own.
-PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {"history": history_part}
+def steps_part(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a step costs, see `benchmarks/scaling_steps.py`; the processes of the other part do not import it."""
+    from benchmarks import scaling_steps
+
+    return scaling_steps.steps_part(options)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {"history": history_part, "steps": steps_part}
 
 
 def main(argv: list[str] | None = None) -> Path | None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
-    parser.add_argument("--divide", type=int, default=1, help="divide the number of checks by this (for tests)")
+    parser.add_argument("--divide", type=int, default=1, help="divide checks, steps and components by this (for tests)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="folder for the JSON file")
     parser.add_argument("--record", nargs=4, help=argparse.SUPPRESS)

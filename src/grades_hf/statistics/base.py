@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,23 +30,24 @@ class L1Statistic(Statistic):
         self._samples: dict[Tensor, Tensor] = {}  # of this step's check, which `remember` may keep
 
     @abstractmethod
-    def source(self, parameter: Tensor) -> Tensor | None:
-        """What the statistic looks at; None where this step's batch did not involve `parameter` (an idle expert)."""
+    def sources(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """What the statistic looks at; None where this step's batch did not involve a parameter (an idle expert)."""
 
     def takes_part(self, parameter: Tensor) -> bool:
-        return self.source(parameter) is not None
+        return self.sources([parameter])[0] is not None
 
     def measure(self, parameters: Sequence[Tensor]) -> tuple[list[int], Tensor]:
-        sources = self._sources(parameters)
+        sources = self.sources(parameters)
         earlier = self._comparable(parameters) if self.two_steps else sources
-        pairs = zip(sources, earlier, strict=True)
-        found = [i for i, (source, before) in enumerate(pairs) if source is not None and before is not None]
-        now = [source for source in (sources[i] for i in found) if source is not None]
-        own = [parameters[i] for i in found]
+        pairs = enumerate(zip(sources, earlier, strict=True))
+        found = [i for i, (source, before) in pairs if source is not None and before is not None]
+        own, now, then = list(parameters), cast(list[Tensor], sources), cast(list[Tensor], earlier)
+        if len(found) < len(own):
+            own, now, then = [own[i] for i in found], [now[i] for i in found], [then[i] for i in found]
         if self.sampler is not None:
             now = [self.sampler.take(p, source) for p, source in zip(own, now, strict=True)]
             self._samples = dict(zip(own, now, strict=True))
-        norms = l1_distances(now, [self.previous[p] for p in own]) if self.two_steps else l1_norms(now)
+        norms = l1_distances(now, then) if self.two_steps else l1_norms(now)
         if self.sampler is not None:
             factors = [self.sampler.factor(parameter) for parameter in own]
             norms *= torch.tensor(factors, dtype=torch.float64, device=norms.device)
@@ -53,7 +55,7 @@ class L1Statistic(Statistic):
 
     def remember(self, parameters: Sequence[Tensor]) -> None:
         if self.two_steps:
-            sources = zip(parameters, self._sources(parameters), strict=True)
+            sources = zip(parameters, self.sources(parameters), strict=True)
             self.previous = self._kept({p: source for p, source in sources if source is not None})
         self._samples = {}
 
@@ -66,9 +68,6 @@ class L1Statistic(Statistic):
 
     def fitting(self, parameter: Tensor, saved: Tensor) -> Tensor:
         return placed_like(saved, parameter) if self.sampler is None else self.sampler.fitting(parameter, saved)
-
-    def _sources(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        return [self.source(parameter) for parameter in parameters]
 
     def _comparable(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """What this step of each is compared with, None where that is nothing."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from ..parallel.sharded import local
+from ..parallel.sharded import locals_of
 from .base import L1Statistic
 from .sampling import Sampler
 
@@ -37,8 +37,8 @@ class GradientChange(L1Statistic):
         self._may_keep: bool | None = None  # None until the first step's gradient has been seen to die
         self._versions: dict[Tensor, int] = {}  # of kept buffers
 
-    def source(self, parameter: Tensor) -> Tensor | None:
-        return parameter.grad
+    def sources(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        return [parameter.grad for parameter in parameters]
 
     def forget(self, parameters: Iterable[Tensor]) -> None:
         parameters = list(parameters)
@@ -72,7 +72,7 @@ class GradientChange(L1Statistic):
         if self._may_keep is None and self._witness is not None:
             self._may_keep = self._witness[1]() is None
             self._witness = None
-        own = {p: gradient for p, gradient in sources.items() if _owns_its_memory(gradient)} if self._may_keep else {}
+        own = _with_own_memory(sources) if self._may_keep else {}
         others = {p: gradient for p, gradient in sources.items() if p not in own} if len(own) < len(sources) else {}
         for parameter in self._versions if others else ():  # a gradient's own buffer is no memory to copy into
             self.previous.pop(parameter, None)
@@ -83,6 +83,7 @@ class GradientChange(L1Statistic):
         return {**own, **super()._kept(others)} if others else own
 
 
-def _owns_its_memory(tensor: Tensor) -> bool:
-    tensor = local(tensor)
-    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+def _with_own_memory(gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """Those that are all of their storage: the others are views of something that lives on."""
+    pairs = zip(gradients.items(), locals_of(list(gradients.values())), strict=True)
+    return {p: gradient for (p, gradient), own in pairs if own.untyped_storage().nbytes() == own.nbytes}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .base import L1Statistic
@@ -13,5 +15,5 @@ class GradientNorm(L1Statistic):
     name = "gradient_norm"
     two_steps = False
 
-    def source(self, parameter: Tensor) -> Tensor | None:
-        return parameter.grad
+    def sources(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        return [parameter.grad for parameter in parameters]

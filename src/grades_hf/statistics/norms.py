@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..parallel.sharded import local
+from ..parallel.sharded import locals_of
 
 # Elements that are worked on at once: on a CPU as many as stay in the cache, on an accelerator enough to fill it.
 _CHUNK_CPU = 1 << 17
@@ -20,7 +20,7 @@ _SMALL = 1 << 15  # elements up to which tensors are worked on together on a CPU
 
 def l1_norms(tensors: Sequence[Tensor]) -> Tensor:
     """`sum |tensor|` of each, added up in float32 or better: (n,) in float64 on the first one's device."""
-    return _sums([local(tensor) for tensor in tensors], None)
+    return _sums(locals_of(tensors), None)
 
 
 def l1_distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -29,7 +29,7 @@ def l1_distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     Both are read once, in pieces along the first dimension; the difference is formed and added up in float32 or better,
     also for half-precision arguments (in bfloat16 it would lose most of its digits).
     """
-    return _sums([local(tensor) for tensor in a], [local(tensor) for tensor in b])
+    return _sums(locals_of(a), locals_of(b))
 
 
 def _sums(a: list[Tensor], b: list[Tensor] | None) -> Tensor:

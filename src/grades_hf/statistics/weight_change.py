@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .base import L1Statistic
@@ -21,5 +23,5 @@ class WeightChange(L1Statistic):
     name = "weight_change"
     zero_is_a_value = False
 
-    def source(self, parameter: Tensor) -> Tensor | None:
-        return parameter.detach()
+    def sources(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        return [parameter.detach() for parameter in parameters]
