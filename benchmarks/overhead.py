@@ -4,6 +4,13 @@ The setting: fine-tuning, all weights or a LoRA, of a random model of a real sha
 with each way of monitoring, in alternating order, on the same model. The time of monitoring is that of
 `engine.step()`, or of the peer's callback; the time of a step is that of a bare one in the same round. Nothing freezes.
 
+`default` is a run without a tau: the statistic at each step, and the average of the weights, which is updated at every
+k-th step, over k steps, so that its update is in it as in a run of RUN steps. Its looks at held-out rows are told
+apart: what one costs in steps, measured on a few rows of the length of those that are trained on.
+
+With `--against COMMIT` each round is also made with that version of grades_hf, in a process of its own; before and
+after ours by turns.
+
 The memory-bandwidth limit is the time in which all watched gradients and those of the step before are read once, by
 `sum()`, in the same steps.
 """
@@ -13,6 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +41,10 @@ from grades_hf import GradES, GradESConfig
 
 NEVER = 1e-30  # a threshold that nothing falls below
 MEASURED = 2
+RUN = 1000  # steps of the run that is measured a few steps of
+LOOK_ROWS = 16  # rows of the look that is measured, of ...
+ALL_ROWS = 128  # ... those of a look by default
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -42,12 +54,14 @@ class Way:
     Attributes:
         options: Options of `GradESConfig`; None for no engine.
         peer: Whether the peer's callback runs.
+        tau: Whether the run has a tau.
         warmup: Steps until it works as in all later ones.
         measured: Steps that are measured.
     """
 
     options: dict[str, Any] | None = None
     peer: bool = False
+    tau: bool = True
     warmup: int = 2
     measured: int = MEASURED
 
@@ -59,6 +73,7 @@ class Times:
     step: list[float] = field(default_factory=list)
     hook: list[float] = field(default_factory=list)
     limit: list[float] = field(default_factory=list)
+    look: list[float] = field(default_factory=list)  # of ALL_ROWS rows
     kept: int = 0  # bytes from one step to the next
 
 
@@ -71,6 +86,8 @@ def ways(options: argparse.Namespace, *, lora: bool) -> dict[str, Way]:
     # Ten steps, of which one makes a check and the one before keeps what it compares with; not the run's first ten, in
     # which gradients are copied once to learn whether they may be kept.
     result[f"{first}, check_every=10"] = Way({"monitor": first, "check_every": 10}, warmup=10, measured=10)
+    # The first update makes the average; those after it come every RUN / 200 steps.
+    result[DEFAULT] = Way({"look_rows": LOOK_ROWS}, tau=False, warmup=2, measured=RUN // 200)
     if not lora:
         for monitor in ("gradient_change", "gradient_norm", "weight_change"):
             sampled = {"monitor": monitor, "sample_size": options.sample_size}
@@ -104,13 +121,15 @@ class Hooks:
 
     Attributes:
         before: To call before the update.
+        look: The same at a step with a look at held-out rows.
         after: To call at the end of the step.
         kept: Bytes that are kept from one step to the next.
         watched: The parameters that are monitored; empty for the peer's.
         callback: The peer's.
     """
 
-    before: Callable[[], None] | None = None
+    before: Callable[[], Any] | None = None
+    look: Callable[[], None] | None = None
     after: Callable[[], None] | None = None
     kept: Callable[[], int] = lambda: 0
     watched: Sequence[Tensor] = ()
@@ -118,19 +137,31 @@ class Hooks:
 
 
 @contextmanager
-def monitoring(way: Way, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Hooks]:
+def monitoring(
+    way: Way, model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
+) -> Iterator[Hooks]:
     """Monitor `model` in this way for a while."""
     if way.options is not None:
-        config = GradESConfig(**{"tau": NEVER, **way.options})
-        engine = GradES(model, config, total_steps=1000, optimizer=optimizer)
+        config = GradESConfig(**({"tau": NEVER} if way.tau else {}), **way.options)
+        more: dict[str, Any] = {} if way.tau else {"held_out": held_out(batch)}
+        engine = GradES(model, config, total_steps=RUN, optimizer=optimizer, **more)
+
+        def look() -> None:
+            engine.t = RUN // 2  # one is due
+            engine.step(epoch=1.0)
+            if not engine.ending.looks:
+                raise RuntimeError("no look at held-out rows was made where one was to be measured.")
+
         yield Hooks(
-            before=engine.step,
-            kept=lambda: sum(map(kept_bytes, engine.statistics.values())),
+            # The first pass over the data, in which there are no looks.
+            before=engine.step if way.tau else lambda: engine.step(epoch=0.5),
+            look=None if way.tau else look,
+            kept=lambda: kept_by(engine),
             watched=[parameter for component in engine.components for parameter in component.measured],
         )
         engine.close()
     elif way.peer:
-        callback, state, control = peer_callback(1000), TrainerState(max_steps=1000), TrainerControl()
+        callback, state, control = peer_callback(RUN), TrainerState(max_steps=RUN), TrainerControl()
         arguments: Any = SimpleNamespace(output_dir=None)
         callback.on_train_begin(arguments, state, control, model=model)
 
@@ -141,6 +172,19 @@ def monitoring(way: Way, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         yield Hooks(after=after, kept=lambda: cached_bytes(callback), callback=callback)
     else:
         yield Hooks()
+
+
+def held_out(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Rows to look at, of the length of those that are trained on."""
+    return [{key: value[0] for key, value in batch.items()} for _ in range(LOOK_ROWS)]
+
+
+def kept_by(engine: Any) -> int:
+    """Bytes that an engine keeps from one step to the next; version 0.1 says how many its statistics keep."""
+    if not hasattr(engine, "statistics"):
+        return sum(monitor.nbytes for monitor in engine.monitors.values())
+    average = [tensor.nbytes for tensor in engine.tensors().get("average", {}).values()]
+    return sum(map(kept_bytes, engine.statistics.values())) + sum(average)
 
 
 def kept_bytes(statistic: Any) -> int:
@@ -165,7 +209,7 @@ def run(
     """
     on_cpu = torch.device(device).type == "cpu"
     number = way.warmup + way.measured
-    with monitoring(way, model, optimizer) as hooks:
+    with monitoring(way, model, optimizer, batch) as hooks:
         for index in range(number):
             measured = index >= way.warmup
             alone = measured and (on_cpu or index == number - 1)
@@ -188,6 +232,11 @@ def run(
             if measured and (on_cpu or not alone):
                 times.step.append(time.perf_counter() - start)
         times.kept = hooks.kept()
+        if hooks.look is not None:
+            model(**batch).loss.backward()
+            seconds = common.seconds(hooks.look, device) - statistics.mean(times.hook)
+            times.look.append(seconds * ALL_ROWS / LOOK_ROWS)
+            optimizer.zero_grad()
 
 
 def _call(function: Callable[[], None], device: str | None) -> float:
@@ -204,23 +253,57 @@ def _read_once(watched: Sequence[Tensor], device: str) -> float:
     return common.seconds(lambda: [(gradient.sum(), other.sum()) for gradient, other in pairs], device)
 
 
-def measure(options: argparse.Namespace, *, lora: bool) -> dict[str, Any]:
-    """All ways in one mode; times are medians over rounds, ratios are taken round by round."""
+Setting = tuple[nn.Module, torch.optim.Optimizer, dict[str, Tensor]]
+
+
+def setting(options: argparse.Namespace, *, lora: bool) -> Setting:
+    """Model, optimizer and batch."""
     config = common.shape(options.shape)
     model = common.model(
         config, device=options.device, dtype=common.dtype(options), rank=options.rank if lora else None
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-    batch = common.batch(config, options.batch, options.length, device=options.device)
+    return model, optimizer, common.batch(config, options.batch, options.length, device=options.device)
+
+
+def one_round(
+    ways: dict[str, Way],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    device: str,
+    *,
+    backwards: bool = False,
+) -> dict[str, Times]:
+    """A few steps in each way."""
+    times = {name: Times() for name in ways}
+    for name, way in reversed(ways.items()) if backwards else ways.items():
+        run(way, model, optimizer, batch, device, times[name])
+    return times
+
+
+def measure(options: argparse.Namespace, *, lora: bool, earlier: Path | None = None) -> dict[str, Any]:
+    """All ways in one mode; times are medians over rounds, ratios are taken round by round.
+
+    Args:
+        options: Those of the command.
+        lora: The mode.
+        earlier: A folder with an earlier version, see `benchmarks/overhead_earlier.py`.
+    """
+    from benchmarks import overhead_earlier
+
+    model, optimizer, batch = setting(options, lora=lora)
     size = sum(parameter.nbytes for parameter in model.parameters())
     everything = ways(options, lora=lora)
     rounds: list[dict[str, Times]] = []
+    before: list[dict[str, float]] = []
     for number in range(options.rounds):
-        times = {name: Times() for name in everything}
-        order = list(everything.items())
-        for name, way in order if number % 2 == 0 else reversed(order):
-            run(way, model, optimizer, batch, options.device, times[name])
-        rounds.append(times)
+        backwards = number % 2 == 1
+        if earlier is not None and backwards:
+            before.append(overhead_earlier.one_round(earlier, options, lora=lora))
+        rounds.append(one_round(everything, model, optimizer, batch, options.device, backwards=backwards))
+        if earlier is not None and not backwards:
+            before.append(overhead_earlier.one_round(earlier, options, lora=lora))
 
     bare = [statistics.median(times["bare"].step) for times in rounds]
     results: dict[str, Any] = {"bare": {"seconds": common.spread(bare)}}
@@ -235,6 +318,10 @@ def measure(options: argparse.Namespace, *, lora: bool) -> dict[str, Any]:
             "kept_bytes": own[-1].kept,
             "kept_share_of_model": own[-1].kept / size,
         }
+    looks = [statistics.mean(times[DEFAULT].look) for times in rounds]
+    results[DEFAULT] |= {"look_steps": common.ratio(looks, bare), "look_rows": ALL_ROWS, "run_steps": RUN}
+    for name in before[0] if before else ():
+        results[name]["earlier_hook_share"] = common.spread([shares[name] for shares in before])
     own = [times["gradient_change"] for times in rounds]
     limits = [statistics.mean(t.limit) for t in own]
     results["gradient_change"]["over_bandwidth_limit"] = common.ratio([statistics.mean(t.hook) for t in own], limits)
@@ -254,7 +341,10 @@ def report(mode: str, results: dict[str, Any]) -> None:
         common.say(
             f"{name:34} {hook['median']:8.2%} ({hook['min']:6.2%}-{hook['max']:6.2%}) "
             f"{step['median']:6.3f} ({step['min']:.3f}-{step['max']:.3f}) {values['kept_share_of_model']:12.2%}"
+            + (f"   earlier {values['earlier_hook_share']['median']:.2%}" if "earlier_hook_share" in values else "")
         )
+    look = results[DEFAULT]["look_steps"]
+    common.say(f"A look at {ALL_ROWS} rows takes as long as {look['median']:.1f} bare steps.")
     limit = results["gradient_change"]["over_bandwidth_limit"]
     common.say(
         f"gradient_change takes {limit['median']:.2f} times ({limit['min']:.2f}-{limit['max']:.2f}) as long as reading "
@@ -268,14 +358,22 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--modes", nargs="+", choices=("full", "lora"), default=["full", "lora"])
     parser.add_argument("--sample-size", type=int, default=1024, help="elements of each tensor, where sampled")
     parser.add_argument("--no-peer", action="store_true", help="without the package grades")
+    parser.add_argument("--against", metavar="COMMIT", help="measure this commit of the repository beside it")
     options = parser.parse_args(arguments)
     if not options.no_peer:
         peer_callback(2)  # say at once if it is missing
     torch.set_num_threads(options.threads)
     results = {}
-    for mode in options.modes:
-        results[mode] = measure(options, lora=mode == "lora")
-        report(mode, results[mode])
+    with tempfile.TemporaryDirectory() as folder:
+        earlier = None
+        if options.against is not None:
+            from benchmarks import overhead_earlier
+
+            earlier = Path(folder)
+            options.against = overhead_earlier.check_out(options.against, earlier)
+        for mode in options.modes:
+            results[mode] = measure(options, lora=mode == "lora", earlier=earlier)
+            report(mode, results[mode])
     return common.write("overhead", results, options, *([] if options.no_peer else ["grades"]))
 
 
