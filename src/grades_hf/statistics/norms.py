@@ -72,8 +72,10 @@ def _on_cpu(a: list[Tensor], b: list[Tensor] | None) -> Tensor:
         for start in range(0, len(places), across):
             own = places[start : start + across]
             group = torch.stack([a[i] for i in own])
-            other = None if b is None else torch.stack([b[i] for i in own])
-            sums.append(_absolute(group, other).reshape(len(own), number).sum(1).double())
+            group = group if _is_full(group) else group.float()
+            if b is not None:
+                group.sub_(torch.stack([b[i] for i in own]))
+            sums.append(group.abs_().reshape(len(own), number).sum(1).double())
     found = torch.empty(len(a), dtype=torch.float64)
     found[torch.tensor(order, dtype=torch.long)] = torch.cat(sums)
     return found
