@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from benchmarks import race_page
+from benchmarks.internals import EARLIEST, LATER, MOST
 from benchmarks.race_tasks import SETTINGS
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,14 +82,16 @@ def overhead() -> str:
         "## What watching costs\n",
         "What monitoring adds to a bare step of SmolLM2-135M's shape, as a part of that step, and what it keeps in "
         "memory from step to step, as a part of the model. Median, and range in brackets. *limit*: how many times as "
-        "long as PyTorch takes to read the two tensors once. FLOP counting is off; it slows at most one step in 25 on "
-        "average.\n",
+        "long as PyTorch takes to read the two tensors once. FLOP counting is not in it; it slows at most one step in "
+        "25 on average. *default* is a run without a tau: the statistic at each step, and the update of the moving "
+        "average of the weights, spread over the steps from one to the next as in a run of 1000 steps (in a longer "
+        "one it is rarer). It keeps the average. Its looks are told apart.\n",
         origin(found),
     ]
     for mode, rows in found["results"].items():
         lines = [
             [
-                f"`{name}`" if name != "peer" else "peer: PyPI package `grades`",
+                WAYS.get(name, f"`{name}`"),
                 spread(row["hook_share"], percent),
                 percent(row["kept_share_of_model"]) if row["kept_bytes"] else "nothing",
                 spread(row["over_bandwidth_limit"], lambda x: f"{x:.1f}") if "over_bandwidth_limit" in row else "",
@@ -102,9 +106,133 @@ def overhead() -> str:
             f"the cheapest way, `{least[1]}`, adds {percent(least[0])}.\n"
         )
         parts += [f"### {TITLES[mode]}\n", takeaway, table(["monitoring", "part of a step", "kept", "limit"], lines)]
+        if "default" in rows:
+            parts.append(looks(rows["default"]))
+    if any("earlier_hook_share" in row for rows in found["results"].values() for row in rows.values()):
+        parts.append(versions(found["results"], found["command"].partition("--against ")[2][:7]))
     return "\n".join(parts)
 
 
+def looks(row: dict[str, Any]) -> str:
+    """What looks cost, in a sentence; how many there are is reckoned with the rule's own numbers."""
+    number = 1 + int(math.log(1 / EARLIEST) / math.log(LATER))
+    steps = row["look_steps"]["median"]
+    return (
+        f"Without a tau, a look at {row['look_rows']} held-out rows (each a forward pass of its own, of a row as long "
+        f"as those that are trained on) takes as long as {steps:.0f} of these small steps, and twice that where the "
+        f"run does not learn any more. {number} looks are due in a run that goes on to its end, and at most {MOST} are "
+        f"made: {number} take {percent(number * steps / 1_000)} of a run of 1,000 such steps and "
+        f"{percent(number * steps / 10_000)} of one of 10,000.\n"
+    )
+
+
+def versions(results: dict[str, Any], commit: str) -> str:
+    """The table of version 0.1, this one and the peer."""
+    lines, slower, count = [], [], 0
+    for mode, rows in results.items():
+        for name, row in rows.items():
+            if "earlier_hook_share" not in row:
+                continue
+            count += 1
+            peer = rows.get("peer") if name == "weight_change" else None
+            lines.append(
+                [
+                    TITLES[mode],
+                    f"`{name}`",
+                    spread(row["earlier_hook_share"], percent),
+                    spread(row["hook_share"], percent),
+                    "" if peer is None else spread(peer["hook_share"], percent),
+                ]
+            )
+            if row["hook_share"]["median"] > row["earlier_hook_share"]["median"]:
+                slower.append(f"`{name}` ({TITLES[mode]})")
+    worse = f"all but {', '.join(slower)}" if slower else "each"
+    takeaway = f"Of {count} figures, {worse} is no larger than that of version 0.1 at commit {commit}.\n"
+    return "\n".join(
+        [
+            "### Version 0.1, this one and the peer\n",
+            takeaway,
+            "Part of a bare step of the same process, in rounds by turns. The peer thresholds `weight_change` only.\n",
+            table(["training", "statistic", "version 0.1", "this version", "peer"], lines, left=2),
+        ]
+    )
+
+
+def scaling() -> str:
+    """What a long run's record and a step with many components cost."""
+    found = load("scaling")
+    parts = ["## As a run grows\n"]
+    rows = found["results"]["history"]["figures"]
+    lines = [
+        [
+            f"{row['checks']:,} x {row['components']:,}",
+            f"{row['disk_mb']:.0f} MB",
+            f"{row['json']['disk_mb']:.0f} MB",
+            f"{row['save_seconds']['median']:.3f} s (at most {row['save_seconds']['max']:.3f})",
+            f"{row['json']['save_seconds']:.1f} s",
+            f"{row['peak_memory_mb']:.0f} MB",
+        ]
+        for row in rows
+    ]
+    takeaway = (
+        f"A checkpoint's save of the record takes at most {max(row['save_seconds']['max'] for row in rows):.3f} s of "
+        f"CPU time and the record at most {max(row['peak_memory_mb'] for row in rows):.0f} MB of memory, however long "
+        "the run.\n"
+    )
+    header = ["checks x components", "on disk", "as JSON", "a save", "as JSON", "memory"]
+    parts += ["### The record\n", takeaway, origin_of_part(found, "history"), table(header, lines)]
+    if "steps" in found["results"]:
+        parts += steps(found)
+    return "\n".join(parts)
+
+
+def origin_of_part(found: dict[str, Any], part: str) -> str:
+    """The same of a part that may have been run apart from the others."""
+    commit = found["results"][part]["commit"]
+    return origin(found | {"command": f"python -m benchmarks.scaling --parts {part}", "commit": commit})
+
+
+def steps(found: dict[str, Any]) -> list[str]:
+    """What a step costs by components, criterion, gradients and the step of the run."""
+    figures: list[dict[str, Any]] = found["results"]["steps"]["figures"]
+    named = ("components", "criterion", "statistic", "gradients")
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for row in figures:
+        groups.setdefault(tuple(row[key] for key in named), {})[row["step"]] = row
+    at = sorted({row["step"] for row in figures})
+    lines = [
+        [
+            f"{key[0]:,}",
+            f"{key[1]}, `{key[2]}`",
+            key[3],
+            *(f"{group[step]['step_ms']:.2f}" for step in at),
+            f"{max(row['without_ms'] for row in group.values()):.2f}",
+            f"{max(row['beyond_ms'] for row in group.values()):+.2f}",
+        ]
+        for key, group in groups.items()
+    ]
+    most = max(row["components"] for row in figures)
+    beyond = max(row["beyond_ms"] for row in figures if row["components"] == most)
+    growth = [group[at[-1]]["step_ms"] / group[at[0]]["step_ms"] for key, group in groups.items() if key[0] == most]
+    takeaway = (
+        f"With {most:,} components a step takes at most {max(0.0, beyond):.1f} ms of CPU time more than a bare loop "
+        f"over the same tensors, and at step {at[-1]:,} {min(growth):.2f} to {max(growth):.2f} times as much as at "
+        f"step {at[0]:,}.\n"
+    )
+    header = ["components", "criterion", "gradients", *(f"step {step:,}" for step in at), "bare", "more"]
+    return [
+        "### A step\n",
+        takeaway,
+        "Milliseconds of CPU time of a step (forward and backward of a tiny head, `engine.step()`, the record in a "
+        "file and a log every ten steps) for matrices of 4 x 4 elements, by the step of the run. *bare*: the same "
+        "without GradES, and a loop that takes the sum of absolute values of each tensor. *more*: the most that a step takes "
+        "more than that; less than 0 where GradES, which takes small tensors together, is faster.\n",
+        origin_of_part(found, "steps"),
+        table(header, lines, left=3),
+    ]
+
+
+WAYS = {"peer": "peer: PyPI package `grades`", "default": "default, no tau (looks not included)"}
 TITLES = {"full": "All weights", "lora": "LoRA of rank 16 on all linear layers"}
 
 
@@ -171,10 +299,11 @@ def sampling_error() -> str:
         ]
         for name, row in found["results"].items()
     ]
+    bound = max(row["p90"] for name, row in found["results"].items() if name.split(", ")[1].split()[0] == "1024")
     return "\n".join(
         [
             "## The error of a sample\n",
-            "With 1024 elements the error is below a tenth for nine of ten matrices.\n",
+            f"With 1024 elements the error is below {percent(bound)} for nine of ten matrices.\n",
             "Relative error (root mean square over samples) of the statistic with `sample_size`, over the matrices of "
             "SmolLM2-135M-Instruct on 8 rows of Social IQa.\n",
             origin(found),
@@ -198,7 +327,7 @@ def figures() -> dict[str, str]:
 
 def render() -> str:
     """The whole page of benchmarks."""
-    return "\n".join([HEADER, overhead(), step_cost(), memory(), sampling_error()])
+    return "\n".join([HEADER, overhead(), scaling(), step_cost(), memory(), sampling_error()])
 
 
 def study(name: str) -> str:

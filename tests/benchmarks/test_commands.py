@@ -58,9 +58,23 @@ def test_overhead(tmp_path, peer, capsys):
         assert ways["gradient_norm"]["kept_bytes"] == 0
         assert ways["gradient_change"]["kept_bytes"] == ways["weight_change"]["kept_bytes"] > 0
         assert ways["gradient_change"]["over_bandwidth_limit"]["median"] > 0
+        assert ways["default"]["kept_bytes"] > 0  # the average of the weights
+        assert ways["default"]["look_steps"]["min"] > 0
+        assert "earlier_hook_share" not in ways["gradient_norm"]
     sampled = results["full"]["gradient_change, sample_size=16"]
     assert sampled["kept_bytes"] == 14 * 16 * 8
     assert "gradient_change takes" in capsys.readouterr().out
+
+
+def test_overhead_beside_an_earlier_version(tmp_path):
+    ways = run(overhead, tmp_path, False, "--rounds", "1", "--modes", "lora", "--against", "HEAD")["lora"]
+    document = json.loads((tmp_path / "overhead-cpu-tiny.json").read_text(encoding="utf-8"))
+    assert f"--against {document['commit'].rstrip('+')}" in document["command"]
+    for name in ("gradient_change", "gradient_norm", "weight_change"):
+        assert ways[name]["earlier_hook_share"]["n"] == 1
+        assert ways[name]["earlier_hook_share"]["min"] > 0
+    with pytest.raises(ValueError, match="no such commit"):
+        run(overhead, tmp_path, False, "--against", "none-such")
 
 
 def test_memory(tmp_path, peer, capsys):

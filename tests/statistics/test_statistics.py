@@ -47,6 +47,23 @@ def test_what_runs_on_an_accelerator_gives_the_same(chunk):
         assert [norm.item() for norm in measured] == pytest.approx(expected.tolist(), rel=2e-4)
 
 
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16], [torch.float32, torch.bfloat16, torch.float64]])
+def test_small_tensors_are_measured_together_as_each_alone(dtypes):
+    shapes = [(4, 4), (16, 576), (576, 16), (), (0, 3), (300, 400), (4, 4), (2, 8), (16, 576)]
+    a = [torch.randn(shape).to(dtypes[i % len(dtypes)]) for i, shape in enumerate(shapes * 20)]
+    b = [torch.randn_like(tensor) for tensor in a]
+    copies = [tensor.clone() for tensor in [*a, *b]]
+    for together, alone, expected in (
+        (l1_norms(a), [l1_norms([x]) for x in a], [x.double() for x in a]),
+        (l1_distances(a, b), [l1_distances([x], [y]) for x, y in zip(a, b, strict=True)],
+         [x.double() - y.double() for x, y in zip(a, b, strict=True)]),
+    ):  # fmt: skip
+        assert together.tolist() == pytest.approx([tensor.abs().sum().item() for tensor in expected], rel=2e-6)
+        if len(dtypes) == 1:
+            assert torch.equal(together, torch.cat(alone))
+    assert all(map(torch.equal, [*a, *b], copies))
+
+
 def test_l1_distance_of_transposed_tensors():
     a, b = torch.randn(70, 900).t(), torch.randn(70, 900).t()
     assert l1_distances([a], [b])[0].item() == pytest.approx((a - b).abs().sum().item(), rel=1e-6)
