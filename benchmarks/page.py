@@ -225,8 +225,8 @@ def steps(found: dict[str, Any]) -> list[str]:
         takeaway,
         "Milliseconds of CPU time of a step (forward and backward of a tiny head, `engine.step()`, the record in a "
         "file and a log every ten steps) for matrices of 4 x 4 elements, by the step of the run. *bare*: the same "
-        "without GradES, and a loop that takes the sum of absolute values of each tensor. *more*: the most that a step takes "
-        "more than that; less than 0 where GradES, which takes small tensors together, is faster.\n",
+        "without GradES, and a loop that takes the sum of absolute values of each tensor. *more*: the most that a step "
+        "takes more than that; less than 0 where GradES, which takes small tensors together, is faster.\n",
         origin_of_part(found, "steps"),
         table(header, lines, left=3),
     ]
