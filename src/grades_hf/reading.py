@@ -145,7 +145,8 @@ def _stays_the_same(run: GradES, zero: Tensor, step: int) -> Tensor:
     if run.config.sample_size is not None or run.ranks.sharded or step != run.t or not zero.any():
         return found
     places = zero.nonzero().flatten().tolist()
-    pairs = [(p.grad, place) for place in places for p in run.live[place].measured if p.grad is not None]
+    live = run.live
+    pairs = [(g, place) for place in places for p in live[place].measured if (g := p.grad) is not None]
     if pairs:
         owners = torch.tensor([place for _, place in pairs], dtype=torch.long)
         found[owners[(l1_norms([gradient for gradient, _ in pairs]) != 0).cpu()]] = True
