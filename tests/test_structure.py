@@ -130,7 +130,8 @@ class LargestElement(GradientNorm):
     name = "largest_element"
 
     def measure(self, parameters):
-        return {p: p.grad.abs().max() for p in parameters if p.grad is not None}
+        found = [i for i, p in enumerate(parameters) if p.grad is not None]
+        return found, torch.tensor([parameters[i].grad.abs().max() for i in found], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("tau", [None, 0.5])
