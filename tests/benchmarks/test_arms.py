@@ -156,7 +156,7 @@ def test_early_stopping_without_the_best_weights(config: list[str], tmp_path: Pa
     assert equal(tmp_path / "es", last)
 
 
-@pytest.mark.parametrize("arm", ["none", "es", "stop", "grades"])
+@pytest.mark.parametrize("arm", ["es", "grades"])
 def test_a_killed_run_ends_like_a_whole_one(arm: str, config: list[str], tmp_path: Path) -> None:
     options = ["--arm", arm, "--learning_rate", "1e-2"]
     if arm == "grades":

@@ -43,7 +43,7 @@ def command(argv: list[str]) -> list[str]:
 @pytest.mark.slow
 def test_a_grid_from_end_to_end(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [*base, "--arms", "none", "all=grades --alpha 0.25", "--tasks", "siqa", "--seeds", "1", "2"]
-    argv += ["--num_train_epochs", "12"]
+    argv += ["--num_train_epochs", "4"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
     grid = tmp_path / "grid"
     # The first call is killed, child and all, as soon as its first cell has a checkpoint.
@@ -75,8 +75,8 @@ def test_a_grid_from_end_to_end(base: list[str], tmp_path: Path, capsys: pytest.
             assert audit["config"] == (tmp_path / "run.yaml").read_text(encoding="utf-8")
             assert audit["versions"].keys() >= {"python", "torch", "transformers"}
             assert results[arm, seed]["seed"] == seed
-    assert [results["none", seed]["steps_run"] for seed in (1, 2)] == [144, 144]
-    assert [results["all", seed]["steps_run"] for seed in (1, 2)] == [37, 37]
+    assert [results["none", seed]["steps_run"] for seed in (1, 2)] == [48, 48]
+    assert [results["all", seed]["steps_run"] for seed in (1, 2)] == [13, 13]
 
     rows = {row["arm"]: row for row in csv.DictReader((grid / "comparison.csv").read_text().splitlines())}
     for arm in ("none", "all"):
@@ -85,10 +85,10 @@ def test_a_grid_from_end_to_end(base: list[str], tmp_path: Path, capsys: pytest.
         assert float(rows[arm]["siqa loss standard error"]) == pytest.approx(abs(losses[0] - losses[1]) / 2)
         used = [results[arm, seed]["compute"]["used"] for seed in (1, 2)]
         assert float(rows[arm]["training FLOPs"]) == pytest.approx(sum(used) / 2)
-    assert rows["all"]["steps planned"] == "144.0"
+    assert rows["all"]["steps planned"] == "48.0"
     assert (grid / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert "37 of 144" in (grid / "comparison.md").read_text(encoding="utf-8")
-    assert "37 of 144" in again.stdout
+    assert "13 of 48" in (grid / "comparison.md").read_text(encoding="utf-8")
+    assert "13 of 48" in again.stdout
 
     # A third call runs nothing.
     stamps = {file: file.stat().st_mtime_ns for file in grid.glob("siqa/*/*/*") if file.is_file()}

@@ -52,7 +52,7 @@ def saves_what_it_trained(trainer: Trainer, base: Path, peft: bool) -> None:
 
 
 def texts() -> Dataset:
-    return Dataset.from_dict({"text": [f"Once upon a time there was a cat who liked {n} fish." for n in range(24)]})
+    return Dataset.from_dict({"text": [f"{n} times there was a cat who liked fish." for n in range(24)]})
 
 
 def preferences() -> Dataset:

@@ -112,8 +112,7 @@ WHERE = ("forward", "before backward", "backward", "clipping", "engine", "before
 
 
 @pytest.mark.compatibility("Faults", "an error or Ctrl-C at any point of a step of one's own loop", "works")
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize(("step", "error"), [(1, RuntimeError), (5, KeyboardInterrupt)])
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize(("kind", "mode"), [("full", "freezing"), ("lora", "prefix"), ("full", "looks")])
 def test_everything_is_as_before(kind, mode, where, step, error):
