@@ -88,7 +88,7 @@ def count(
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
     on_gpu = torch.device(device).type == "cuda"
     result: dict[str, int] = {}
-    with monitoring(scripted(way, components, names), model, optimizer) as hooks:
+    with monitoring(scripted(way, components, names), model, optimizer, batch) as hooks:
         for step in range(1, STEPS + 1):
             if step == STEPS:
                 result["optimizer"] = sum(buffers(_state(optimizer)).values())

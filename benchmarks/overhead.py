@@ -142,7 +142,7 @@ def monitoring(
 ) -> Iterator[Hooks]:
     """Monitor `model` in this way for a while."""
     if way.options is not None:
-        config = GradESConfig(**({"tau": NEVER} if way.tau else {}), **way.options)
+        config = GradESConfig(**({"tau": NEVER} if way.tau else {}) | way.options)
         more: dict[str, Any] = {} if way.tau else {"held_out": held_out(batch)}
         engine = GradES(model, config, total_steps=RUN, optimizer=optimizer, **more)
 

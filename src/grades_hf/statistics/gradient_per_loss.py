@@ -13,7 +13,7 @@ class GradientPerLoss(GradientNorm):
     nothing (see `grades_hf.ending`). A constant factor of the loss changes nothing but the scale.
 
     $L_t$ is the trained loss of the step (`grades_hf.inputs.loss`), and `Loss` divides by it. There is no value where
-    it is not greater than 0.
+    it is infinite or not greater than 0.
     """
 
     name = "gradient_per_loss"
