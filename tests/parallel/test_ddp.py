@@ -69,8 +69,6 @@ KILLS = [
     ("after freezing, before the update", 3, 1),
     ("checkpoint: only the model is written", 4, None),
     ("checkpoint: trainer_state.json is cut off", 6, 0),
-    ("after a checkpoint", 6, 1),
-    ("after the update", 8, None),
 ]
 
 
