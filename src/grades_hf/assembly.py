@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checks import short
 from .config import GradESConfig
 from .contracts import Criterion, Extension, Statistic, Trait
 from .criteria import Rise, Threshold, assign_thresholds, grace_steps, smoothing
@@ -61,6 +62,11 @@ def assemble(
     held_out: HeldOut | None,
 ) -> Parts:
     """The parts of an engine; nothing is attached yet. Arguments and errors are those of `GradES`."""
+    if held_out is not None and config.tau is not None:
+        raise ValueError(
+            f"held_out is about looks at held-out rows, and with tau={short(config.tau)} there are none. Leave one of "
+            "them out."
+        )
     scaler = find_scaler(optimizer) if scaler is None else scaler if scaler.is_enabled() else None
     compiled = isinstance(model, nn.Module) and is_compiled(model)
     traits = frozenset(

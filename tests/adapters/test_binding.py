@@ -163,6 +163,25 @@ def test_the_callback_does_not_hold_its_trainer(tmp_path):
     assert gone() is None
 
 
+@pytest.mark.parametrize("trainer_class", [small.Trainer, GradESTrainer])
+def test_a_callback_that_is_removed_in_the_course_of_a_run_ends_with_it(trainer_class, tmp_path):
+    class Removing(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == FIRST + 1:
+                trainer.remove_callback(own)
+
+    own: Any = GradESCallback
+    more = {"grades": CONFIG} if trainer_class is GradESTrainer else {}
+    callbacks = [Removing()] if more else [Removing(), GradESCallback(CONFIG)]
+    trainer = trainer_class(llama(), small.arguments(tmp_path), train_dataset=tokens(), callbacks=callbacks, **more)
+    own = next(c for c in trainer.callback_handler.callbacks if isinstance(c, GradESCallback))
+    trainer.train()
+    assert frozen_at(own) == {FIRST}
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    with pytest.raises(RuntimeError, match="closed"):
+        own.engine.step()
+
+
 def test_two_trainers_one_inside_the_other_with_one_callback_are_refused(tmp_path):
     class Inner(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -195,7 +195,15 @@ REFUSED: dict[str, tuple[Make, str]] = {
         lambda model: torch.optim.SGD([p.detach().clone().requires_grad_(True) for p in model.parameters()], lr=0.1),
         "holds none of the matrices",
     ),
+    "a gradient for each row": (lambda model: per_sample(model), "a gradient for each row"),
 }
+
+
+def per_sample(model: nn.Module) -> torch.optim.Optimizer:
+    """As Opacus prepares a model."""
+    for parameter in model.parameters():
+        parameter.grad_sample = None  # type: ignore[attr-defined]
+    return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
@@ -203,7 +211,9 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Op
     return optimizer
 
 
-@pytest.mark.compatibility("Optimizers", "LBFGS; those that keep lists of parameters (BAdam)", "refused")
+@pytest.mark.compatibility(
+    "Optimizers", "LBFGS; lists of parameters of their own (BAdam); per-sample gradients (Opacus)", "refused"
+)
 @pytest.mark.parametrize("name", REFUSED)
 def test_optimizers_that_are_refused(name):
     make, reason = REFUSED[name]

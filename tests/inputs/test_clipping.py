@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -147,6 +148,27 @@ def test_an_engine_that_nobody_holds_leaves_no_trace():
     GradES(toy.build("full"), GradESConfig(), total_steps=9, **UNENDING)
     gc.collect()  # an engine refers to itself
     GradES(toy.build("full"), GradESConfig(), total_steps=9, **UNENDING).close()
+    assert clip_grad._clip_grads_with_norm_ is original
+    assert torch.autograd.backward is backward
+
+
+@pytest.mark.usefixtures("untouched")
+def test_an_engine_that_dies_while_another_begins(monkeypatch):
+    original, backward = clip_grad._clip_grads_with_norm_, torch.autograd.backward
+    held = [GradES(toy.build("full"), GradESConfig(), total_steps=9, **UNENDING)]
+    add = WeakSet.add
+
+    def collecting(self, item):
+        held.clear()
+        gc.collect()
+        add(self, item)
+
+    monkeypatch.setattr(WeakSet, "add", collecting)
+    engine = GradES(toy.build("full"), GradESConfig(), total_steps=9, **UNENDING)
+    monkeypatch.undo()
+    assert clip_grad._clip_grads_with_norm_.__wrapped__ is original
+    assert torch.autograd.backward.__wrapped__ is backward
+    engine.close()
     assert clip_grad._clip_grads_with_norm_ is original
     assert torch.autograd.backward is backward
 

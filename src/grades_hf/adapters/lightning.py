@@ -71,8 +71,6 @@ class GradESLightningCallback(Callback):
                 "GradES has ended a run. Drop them."
             )
         rows = self._rows(trainer, pl_module) if self.config.tau is None else self.held_out
-        if self.config.tau is not None and rows is not None:
-            raise ValueError("held_out is about looks at held-out rows, and with a tau there are none. Drop one.")
         engine = GradES(
             pl_module, self.config, total_steps=int(total), optimizer=trainer.optimizers[0], held_out=rows,
             scaler=getattr(trainer.precision_plugin, "scaler", None),

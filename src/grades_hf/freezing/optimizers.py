@@ -49,6 +49,12 @@ def refuse_optimizers(optimizers: Sequence[torch.optim.Optimizer], tracked: Iter
                     f"GradES cannot work with {name}: it holds parameters outside of its parameter groups "
                     f"({attribute}), and could move frozen ones. {remedy}"
                 )
+        if any(hasattr(parameter, "grad_sample") for parameter in _parameters(optimizer)):
+            raise ValueError(
+                f"GradES cannot work with {name}: its parameters hold a gradient for each row (grad_sample), from "
+                "which the optimizer makes the gradient inside of its own step(), after GradES has looked. Train "
+                "without per-sample gradients, or without GradES."
+            )
     if optimizers:
         known = {id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)}
         if not any(id(parameter) in known for parameter in tracked):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from torch.nn.utils import clip_grad
 from ..contracts import Extension, Run, Step
 from ..find.components import Component
 from ..parallel.sharded import full
-
-_watching: weakref.WeakSet[Clipping] = weakref.WeakSet()
-_original: Callable[..., None] | None = None
+from .watching import Watched
 
 
 class Clipping(Extension):
@@ -39,8 +37,13 @@ class Clipping(Extension):
         self._parameters = {parameter for component in run.components for parameter in component.measured}
         self._factors: dict[Tensor, Tensor] = {}
         undo.callback(self._close)
-        undo.callback(_forget, self)
-        _watch(self)
+        try:
+            CLIPPING.watch(self, undo)
+        except LookupError:
+            raise RuntimeError(
+                f"torch {torch.__version__} clips gradients in another way than torch 2.13, so clipping cannot be "
+                "undone, which GradES without a tau needs. Pass a tau, or use torch 2.13."
+            ) from None
 
     def _close(self) -> None:
         self._parameters, self._factors = set(), {}
@@ -74,41 +77,16 @@ class Clipping(Extension):
         self._factors = {}
 
 
-def _watch(clipping: Clipping) -> None:
-    global _original
-    if _original is None:
-        found = getattr(clip_grad, "_clip_grads_with_norm_", None)
-        if found is None or utils.clip_grads_with_norm_ is not found:
-            raise RuntimeError(
-                f"torch {torch.__version__} clips gradients in another way than torch 2.13, so clipping cannot be "
-                "undone, which GradES without a tau needs. Pass a tau, or use torch 2.13."
-            )
-        _original = found
-        clip_grad._clip_grads_with_norm_ = utils.clip_grads_with_norm_ = _wrap(found)
-    _watching.add(clipping)
-    weakref.finalize(clipping, _restore)
-
-
-def _forget(clipping: Clipping) -> None:
-    _watching.discard(clipping)
-    _restore()
-
-
-def _restore() -> None:
-    """Nobody wants to know any more: torch is as it was. An engine that was never closed does so when it dies."""
-    global _original
-    if not list(_watching) and _original is not None:  # its length counts what is dying just now
-        clip_grad._clip_grads_with_norm_ = utils.clip_grads_with_norm_ = _original
-        _original = None
-
-
-def _wrap(original: Callable[..., None]) -> Callable[..., None]:
+def _wrap(original: Callable[..., None], watching: WeakSet[Clipping]) -> Callable[..., None]:
     @functools.wraps(original)
     def clip(parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any) -> None:
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         original(parameters, max_norm, total_norm, *args, **kwargs)
         factor = torch.clamp(float(max_norm) / (full(total_norm.detach()) + 1e-6), max=1.0).float()
-        for clipping in list(_watching):
+        for clipping in list(watching):
             clipping.note(parameters, factor)
 
     return clip
+
+
+CLIPPING = Watched([(clip_grad, "_clip_grads_with_norm_"), (utils, "clip_grads_with_norm_")], _wrap)

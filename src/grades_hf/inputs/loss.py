@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from ..contracts import Extension, Run, Step
 from ..find.components import Component
 from ..hooks import hook
+from .watching import Watched
 
-_watching: weakref.WeakSet[Loss] = weakref.WeakSet()
-_original: Callable[..., None] | None = None
 _running = threading.local()  # whether a backward pass runs in this thread: one inside of it is no step's loss
 
 NONE_SEEN = (
@@ -52,8 +51,7 @@ class Loss(Extension):
         self._ranks = run.ranks
         self._device = run.components[0].parameters[0].device
         undo.callback(hook(run.model, "forward_pre", self._before_forward))
-        undo.callback(_forget, self)
-        _watch(self)
+        BACKWARD.watch(self, undo)
 
     def note(self, loss: Tensor) -> None:
         """A backward pass has begun at this tensor; there is no transfer to the host."""
@@ -79,29 +77,7 @@ class Loss(Extension):
         self._ran |= module.training and torch.is_grad_enabled()
 
 
-def _watch(loss: Loss) -> None:
-    global _original
-    if _original is None:
-        _original = torch.autograd.backward
-        torch.autograd.backward = _wrap(_original)
-    _watching.add(loss)
-    weakref.finalize(loss, _restore)
-
-
-def _forget(loss: Loss) -> None:
-    _watching.discard(loss)
-    _restore()
-
-
-def _restore() -> None:
-    """Nobody wants to know any more: torch is as it was. An engine that was never closed does so when it dies."""
-    global _original
-    if not list(_watching) and _original is not None:  # its length counts what is dying just now
-        torch.autograd.backward = _original
-        _original = None
-
-
-def _wrap(original: Callable[..., None]) -> Callable[..., None]:
+def _wrap(original: Callable[..., None], watching: WeakSet[Loss]) -> Callable[..., None]:
     @functools.wraps(original)
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
         if getattr(_running, "backward", False) or torch._C._current_graph_task_id() != -1:
@@ -112,8 +88,11 @@ def _wrap(original: Callable[..., None]) -> Callable[..., None]:
         finally:
             _running.backward = False
         for root in [tensors] if isinstance(tensors, Tensor) else tensors:
-            for loss in list(_watching):
+            for loss in list(watching):
                 loss.note(root)
         return None
 
     return backward
+
+
+BACKWARD = Watched([(torch.autograd, "backward")], _wrap)

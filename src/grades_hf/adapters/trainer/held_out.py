@@ -48,12 +48,12 @@ def held_out_rows(
             `metric`.
     """
     if config.tau is not None:
-        if source is not None or metric is not None:
+        if metric is not None:
             raise ValueError(
-                f"{'held_out' if source is not None else 'look_metric'} is about looks at held-out rows, and with a "
-                "tau there are none. Leave it or the tau out."
+                f"look_metric={metric!r} is about looks at held-out rows, and with a tau there are none. Leave one of "
+                "them out."
             )
-        return None
+        return source  # which the engine refuses
     if trainer is None or (callable(source) and not hasattr(source, "__getitem__")):
         return source
     if hasattr(trainer, "reward_funcs") or "generation_config" in vars(trainer):

@@ -116,6 +116,7 @@ class Binding:
                 self._end()
 
     def _end(self) -> None:
+        self.user.end()  # also where it has been removed in the course of the run
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, BoundCallback):
                 callback.end()
