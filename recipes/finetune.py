@@ -89,10 +89,7 @@ def prepare(argv: list[str], *more: Any) -> Plan:
     if resume is not None and resume.lower() in ("true", "false"):
         exists = resume.lower() == "true" and Path(str(training.output_dir)).is_dir()
         resume = training.resume_from_checkpoint = get_last_checkpoint(training.output_dir) if exists else None
-    # Trainer writes the first of these last, and the loop of no_trainer.py the second.
-    if resume is not None and not any(
-        Path(resume, name).is_file() for name in ("trainer_state.json", "random_states_0.pkl")
-    ):
+    if resume is not None and not Path(resume, "trainer_state.json").is_file():  # which Trainer writes last
         raise ValueError(f"resume_from_checkpoint={resume!r} holds no complete checkpoint; pass another directory.")
     if recipe.dry_run:
         pypi.go_offline()

@@ -32,7 +32,7 @@ from benchmarks import compare
 from benchmarks import page as benchmark_page
 from grades_hf.config import helps
 from grades_hf.tools import cli
-from recipes import finetune, finetune_vlm, no_trainer
+from recipes import finetune, finetune_vlm
 from tests.standin import PROJECT
 from tests.test_readme import PAGES
 
@@ -191,21 +191,16 @@ def test_pages_in_a_browser(site, address, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_the_search_finds_a_page(address):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.goto(f"{address}/index.html")
-        page.click(".md-search__input")
-        page.type(".md-search__input", "grace period")
-        page.wait_for_selector('.md-search-result__link[href*="/concepts.html"]', state="attached", timeout=60_000)
-        browser.close()
+def test_the_search_finds_a_page(address, browser):
+    page = browser.new_page()
+    page.goto(f"{address}/index.html")
+    page.click(".md-search__input")
+    page.type(".md-search__input", "grace period")
+    page.wait_for_selector('.md-search-result__link[href*="/concepts.html"]', state="attached", timeout=60_000)
+    page.close()
 
 
-SCRIPTS = {"finetune": finetune, "finetune_vlm": finetune_vlm, "no_trainer": no_trainer, "compare": compare}
+SCRIPTS = {"finetune": finetune, "finetune_vlm": finetune_vlm, "compare": compare}
 
 # --- commands ------------------------------------------------------------------------------------------------------
 

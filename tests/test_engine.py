@@ -87,15 +87,27 @@ def test_zeroing_in_place_or_dropping_gradients_gives_the_same_run(monitor):
     assert all(torch.equal(final_a[-1][n], final_b[-1][n]) for n in final_a[-1])
 
 
-@pytest.mark.compatibility("Custom loops", "accelerate, one process", "works")
+@pytest.mark.compatibility("Custom loops", "accelerate, one process; save_state and load_state", "works")
 def test_the_same_with_accelerate(tmp_path):
-    config = GradESConfig(tau=1e-30)
+    seen, _, _ = train(llama(), GradESConfig(tau=1e-30))
+    config = GradESConfig(tau=between(seen.history.values), alpha=0.4)
     plain, _, final = train(llama(), config)
-    accelerator = Accelerator(cpu=True)
-    model = llama()
-    model, optimizer = accelerator.prepare(model, OPTIMIZERS["adamw"](model.parameters()))
-    engine = GradES(model, config, total_steps=12, optimizer=optimizer)
-    for batch in batches():
+    assert plain.frozen
+
+    def prepared():
+        accelerator = Accelerator(cpu=True)
+        model = llama()
+        model, optimizer = accelerator.prepare(model, OPTIMIZERS["adamw"](model.parameters()))
+        engine = GradES(model, config, total_steps=12, optimizer=optimizer)
+        accelerator.register_for_checkpointing(engine)
+        return accelerator, model, optimizer, engine
+
+    accelerator, model, optimizer, engine = prepared()
+    for t, batch in enumerate(batches()):
+        if t == 8:
+            accelerator.save_state(tmp_path)
+            accelerator, model, optimizer, engine = prepared()
+            accelerator.load_state(tmp_path)
         accelerator.backward(model(**batch).loss)
         engine.step()
         optimizer.step()
