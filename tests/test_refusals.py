@@ -226,15 +226,6 @@ def test_an_extension_is_refused_under_a_trait_that_it_names_and_no_other():
         check(refuse, cls.refuses.get(trait), cls.error)
 
 
-def test_extensions_are_refused_beside_those_that_they_name_and_no_others():
-    for one, other in itertools.permutations(EXTENSIONS, 2):
-        reason = one.conflicts.get(other.name) or other.conflicts.get(one.name)
-        error = one.error if other.name in one.conflicts else other.error
-        check(lambda pair=(one, other): refuse_conflicts([named(cls) for cls in pair], frozenset()), reason, error)
-    known = {cls.name for cls in EXTENSIONS}
-    assert all(cls.conflicts.keys() <= known for cls in EXTENSIONS)
-
-
 def check(refuse: Callable[[], None], reason: str | None, error: type[Exception]) -> None:
     """Raises `reason`, a whole sentence with a remedy, or nothing."""
     if reason is None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .checks import short
 from .config import GradESConfig
-from .contracts import Criterion, Extension, Statistic, Trait
+from .contracts import Criterion, Extension, Trait
 from .criteria import Rise, Threshold, assign_thresholds, grace_steps, smoothing
 from .ending import Average, Ending, HeldOut
 from .find.changes import Changes
@@ -31,7 +31,7 @@ from .parallel.sharded import Placeholders, is_sharded
 from .record.history import History
 from .record.meter import Meter
 from .record.recorder import Recorder
-from .statistics import Sampler, make_statistic
+from .statistics import Sampler, Statistic, make_statistic
 
 
 @dataclass
@@ -74,7 +74,6 @@ def assemble(
         for trait, holds in (
             (Trait.SHARDED, isinstance(model, nn.Module) and is_sharded(model)),
             (Trait.COMPILED, compiled),
-            (Trait.SCALED, scaler is not None),
             (Trait.PARALLEL, is_parallel()),
         )
         if holds
@@ -153,11 +152,9 @@ def assign_monitors(components: Iterable[Component], config: GradESConfig) -> No
 
 
 def refuse_conflicts(extensions: Sequence[Extension], traits: frozenset[Trait]) -> None:
-    """Raise the error of the first extension that a trait of the run, or another extension, rules out."""
-    names = {extension.name for extension in extensions}
+    """Raise the error of the first extension that a trait of the run rules out."""
     for extension in extensions:
         reasons = [reason for trait, reason in extension.refuses.items() if trait in traits]
-        reasons += [reason for name, reason in extension.conflicts.items() if name in names]
         if reasons:
             raise extension.error(reasons[0])
 

@@ -1,9 +1,9 @@
-"""What the parts of the engine promise each other: Step, Check, Statistic, Criterion, Extension.
+"""What the parts of the engine promise each other: Step, Check, Criterion, Extension.
 
 A fine-tune flows one way: find what can be frozen, measure, decide, freeze, record. The engine runs these five steps.
-A `Statistic` measures, a `Criterion` decides. Whatever else a way of training asks for (a loss, clipping, a gradient
-scaler) or makes freezing pay (a prefix cut, merging, FLOP counts) is an `Extension`: one class that owns its hooks, its
-state, its refusals and its closing.
+A `Statistic` measures (`statistics/base.py`), a `Criterion` decides. Whatever else a way of training asks for (a loss,
+clipping, a gradient scaler) or makes freezing pay (a prefix cut, merging, FLOP counts) is an `Extension`: one class
+that owns its hooks, its state, its refusals and its closing.
 """
 
 from __future__ import annotations
@@ -11,21 +11,19 @@ from __future__ import annotations
 import enum
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from .config import GradESConfig
+    from .engine import GradES
     from .find.components import Component
-    from .freezing.freezer import Freezer
-    from .parallel.ranks import Ranks
-    from .record.history import History
-    from .statistics.sampling import Sampler
+
+Run: TypeAlias = "GradES"  # an extension may use all that is public in the engine
 
 
 IDLE = -math.inf  # in the place of a value: the step's batch has not involved this component
@@ -40,14 +38,12 @@ class Step:
         loss: The loss that is trained on, a 0-d tensor, averaged over ranks; None where nothing asks for it.
         epoch: How many times each row has been seen before this step, 1.0 after the first pass; None if not known.
         skipped: Whether a gradient scaler has found an overflow and will leave the update out.
-        factors: Parameter -> what clipping has multiplied its gradient with, a 0-d tensor of 1 or less.
     """
 
     t: int
     loss: Tensor | None = None
     epoch: float | None = None
     skipped: bool = False
-    factors: Mapping[Tensor, Tensor] = field(default_factory=dict)
 
 
 class Check:
@@ -96,55 +92,6 @@ class Check:
         return cls(int(state["step"]), list(values), torch.tensor(list(values.values()), dtype=torch.float64))
 
 
-class Statistic(ABC):
-    """One statistic $G_W(t)$ of single tensors, read just before the update of optimizer step `t`.
-
-    The engine adds the values of a component's tensors up.
-
-    Attributes:
-        name: Its name in `GradESConfig.monitor`.
-        two_steps: Whether it compares two steps, so that its first check yields no value.
-        zero_is_a_value: Whether exactly 0 can be a value; not where 0 says that there was no update.
-        needs_loss: Whether the engine divides it by the loss of the step.
-        previous: What was remembered of the step before, by parameter: tensors like it, or (n,) sampled elements of it.
-            Always empty if the statistic looks at one step only.
-        sampler: Which elements it looks at; None for all of them.
-    """
-
-    name: ClassVar[str]
-    two_steps: ClassVar[bool] = True
-    zero_is_a_value: ClassVar[bool] = True
-    needs_loss: ClassVar[bool] = False
-    previous: dict[Tensor, Tensor]
-    sampler: Sampler | None
-
-    @abstractmethod
-    def measure(self, parameters: Sequence[Tensor]) -> tuple[list[int], Tensor]:
-        """The statistic of each parameter, on the device of the first; there is no transfer to the host.
-
-        Left out are parameters that do not take part, and those that have nothing to compare with.
-
-        Returns:
-            The indices in `parameters` of those n that have a value, in order, and the values, (n,) float64.
-        """
-
-    @abstractmethod
-    def takes_part(self, parameter: Tensor) -> bool:
-        """Whether this step's batch involved `parameter`."""
-
-    @abstractmethod
-    def remember(self, parameters: Sequence[Tensor]) -> None:
-        """Keep what the check at the next step needs of these parameters, and nothing of others."""
-
-    @abstractmethod
-    def forget(self, parameters: Iterable[Tensor]) -> None:
-        """Free what is kept for these parameters."""
-
-    @abstractmethod
-    def fitting(self, parameter: Tensor, saved: Tensor) -> Tensor:
-        """What `previous` may hold for `parameter`, from what it held; a ValueError if the shape is another one."""
-
-
 class Criterion(ABC):
     """A verdict on each component from the values of its statistic, one check after another.
 
@@ -156,14 +103,12 @@ class Criterion(ABC):
     Attributes:
         name: What it is called in histories.
         width: How many numbers it keeps of a component.
-        relative: Whether it compares a statistic with its own past, so that the statistic's scale does not matter.
         memory: (number, width) in float64, all that a resumed run needs. A row of zeros is a component that has had no
             value yet.
     """
 
     name: ClassVar[str]
     width: ClassVar[int]
-    relative: ClassVar[bool] = False
 
     def __init__(self, number: int) -> None:
         self.memory = torch.zeros(number, self.width, dtype=torch.float64)
@@ -198,47 +143,7 @@ class Trait(enum.Enum):
 
     SHARDED = "sharded parameters (FSDP2)"
     COMPILED = "a compiled model (torch.compile)"
-    SCALED = "a gradient scaler (float16)"
     PARALLEL = "several processes"
-
-
-class Run(Protocol):
-    """What an extension may use of the engine."""
-
-    model: nn.Module
-    config: GradESConfig
-    total_steps: int
-    t: int
-    t_grace: int
-    components: list[Component]
-    optimizers: list[torch.optim.Optimizer]
-    statistics: dict[str, Statistic]
-    criterion: Criterion
-    freezer: Freezer
-    ranks: Ranks
-    history: History
-    traits: frozenset[Trait]
-
-    ended: str | None
-    took_part: Tensor
-    learned: Tensor
-
-    @property
-    def live(self) -> list[Component]:
-        """The components that are not frozen."""
-
-    @property
-    def progress(self) -> float:
-        """How much of what has to freeze before training ends is frozen, 0 to 1."""
-
-    def extension(self, name: str) -> Any:
-        """The extension of that name; None where the run has none."""
-
-    def end(self, why: str) -> None:
-        """Training should end after this step."""
-
-    def join(self, parameters: Sequence[Tensor]) -> None:
-        """These tensors are trained from now on, and were not before."""
 
 
 class Extension:
@@ -247,13 +152,11 @@ class Extension:
     Attributes:
         name: Its key in checkpoints.
         refuses: Ways of training that it cannot work with -> what is wrong and the remedy, a whole sentence.
-        conflicts: Names of extensions that it cannot work beside -> the same.
-        error: The type of what those raise: a ValueError where an option asked for the extension.
+        error: The type of what a refusal raises: a ValueError where an option asked for the extension.
     """
 
     name: ClassVar[str]
     refuses: ClassVar[Mapping[Trait, str]] = {}
-    conflicts: ClassVar[Mapping[str, str]] = {}
     error: ClassVar[type[Exception]] = ValueError
 
     def attach(self, run: Run, undo: ExitStack) -> None:

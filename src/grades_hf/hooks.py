@@ -47,10 +47,7 @@ class Hook:
         return None if method is None else method(*args)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
-        copied = memo.get(id(self._hooks()))
-        if copied is not None:
-            memo["grades", id(copied)] = _Sweeper(copied)  # it dies with `memo`, when the copy is complete
-        return _nothing
+        return _swept(self._hooks(), memo)
 
     def __reduce__(self) -> Any:
         return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything, returns None
@@ -67,10 +64,7 @@ class Note:
         self._notes = notes
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
-        copied = memo.get(id(self._notes))
-        if copied is not None:
-            memo["grades", id(copied)] = _Sweeper(copied)
-        return _nothing
+        return _swept(self._notes, memo)
 
     def __reduce__(self) -> Any:
         return bool, (True,)
@@ -85,6 +79,14 @@ class _Sweeper:
     def __del__(self) -> None:
         for key in [key for key, value in self._copied.items() if value is _nothing]:
             del self._copied[key]
+
+
+def _swept(own: Any, memo: dict[Any, Any]) -> Any:
+    """What stands in for ours in the copy of the dict `own`, until the copy is complete and swept."""
+    copied = memo.get(id(own))
+    if copied is not None:
+        memo["grades", id(copied)] = _Sweeper(copied)  # it dies with `memo`, when the copy is complete
+    return _nothing
 
 
 def _nothing(*_: Any) -> None:

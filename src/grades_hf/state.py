@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .contracts import Check, Statistic
+from .contracts import Check
 from .joining import set_aside
 from .record.history import History
+from .statistics import Statistic
 
 if TYPE_CHECKING:
     from .engine import GradES

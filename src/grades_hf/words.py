@@ -34,8 +34,6 @@ def describe(run: GradES) -> str:
 
 def conclude(run: GradES) -> str:
     """What came of it, in one line."""
-    if run.ending is not None:
-        return run.ending.conclude()
     line = f"{len(run.frozen)} of {counted(run)} are frozen after step {run.t}"
     if run.frozen:
         line += f", between steps {min(run.frozen.values())} and {max(run.frozen.values())}"

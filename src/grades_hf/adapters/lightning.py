@@ -17,7 +17,7 @@ from ..config import GradESConfig, make_config
 from ..ending import Rows
 from ..ending.look import unseen
 from ..engine import GradES
-from .unnoted import unnoted
+from .unnoted import silent, unnoted
 
 _CLIP = "configure_gradient_clipping"
 
@@ -198,7 +198,7 @@ class _ValidationLoss:
         named = inspect.signature(module.validation_step).parameters
         more = {"dataloader_idx": 0} if "dataloader_idx" in named else {}
         metrics = [m for m in module.modules() if type(m).__module__.startswith("torchmetrics")]
-        with unnoted([module], log=_silent, log_dict=_silent), unnoted(metrics, every_tensor=True):
+        with unnoted([module], log=silent, log_dict=silent), unnoted(metrics, every_tensor=True):
             try:
                 with trainer.precision_plugin.val_step_context():
                     found = module.validation_step(batch, 0, **more)
@@ -225,7 +225,3 @@ def _parts(source: Any) -> Iterator[Any]:
         yield from source
     elif source is not None and not (isinstance(source, (list, tuple)) and not source):
         yield source
-
-
-def _silent(*_: Any, **__: Any) -> None:
-    """Stands in for `log` meanwhile."""

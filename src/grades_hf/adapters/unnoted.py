@@ -14,7 +14,7 @@ _DATA = ("train_dataset", "eval_dataset", "callback_handler", "_modules", "_para
 
 
 @contextlib.contextmanager
-def unnoted(objects: Iterable[object], *, every_tensor: bool = False, **silent: Any) -> Iterator[None]:
+def unnoted(objects: Iterable[object], *, every_tensor: bool = False, **stand_ins: Any) -> Iterator[None]:
     """The attributes of some objects are afterwards as before.
 
     Trainers and modules count, sum up and append to lists while they compute a loss, for the next log. Restored are
@@ -24,7 +24,7 @@ def unnoted(objects: Iterable[object], *, every_tensor: bool = False, **silent: 
     Args:
         objects: The objects.
         every_tensor: Whether large tensors are restored, too.
-        **silent: Attributes of all of them that have these values meanwhile.
+        **stand_ins: Attributes of all of them that have these values meanwhile.
     """
     saved = [(vars(item), dict(vars(item))) for item in objects]
     contents: list[tuple[Any, Any]] = []
@@ -34,7 +34,7 @@ def unnoted(objects: Iterable[object], *, every_tensor: bool = False, **silent: 
                 _collect(value, contents, 3, every_tensor)
     try:
         for own, _ in saved:
-            own.update(silent)
+            own.update(stand_ins)
         yield
     finally:
         for content, copy in contents:
@@ -43,6 +43,10 @@ def unnoted(objects: Iterable[object], *, every_tensor: bool = False, **silent: 
             for name in own.keys() - before.keys():
                 del own[name]
             own.update(before)
+
+
+def silent(*_: Any, **__: Any) -> None:
+    """Stands in for `log` meanwhile."""
 
 
 def _collect(value: Any, contents: list[tuple[Any, Any]], depth: int, every_tensor: bool) -> None:

@@ -31,7 +31,6 @@ class Rise(Criterion):
 
     name = "rise"
     width = 3  # both sums of the average, its minimum (0: none yet)
-    relative = True
 
     def __init__(self, number: int, level: float, beta: float) -> None:
         super().__init__(number)

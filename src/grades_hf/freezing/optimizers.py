@@ -90,7 +90,7 @@ class LeaveOut:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, frozen: Collection[object]) -> None:
-        self._groups: Callable[[], list[dict[str, Any]]] = _param_groups_of(optimizer)
+        self._optimizer = weakref.ref(optimizer)
         self._frozen = weakref.ref(frozen)
         self._taken: list[tuple[dict[str, Any], list[Tensor]]] = []
         self._depth = 0  # steps that run inside of each other: a class that calls its base class's
@@ -99,43 +99,37 @@ class LeaveOut:
         """Begin; `undo` ends it."""
         undo.callback(self.put_back)
         if hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            undo.callback(optimizer.register_step_pre_hook(self._before).remove)
+            undo.callback(optimizer.register_step_pre_hook(self.take_out).remove)
             undo.callback(optimizer.register_step_post_hook(self._after).remove)
-            undo.callback(optimizer.register_state_dict_pre_hook(self._before_state_dict).remove)
+            undo.callback(optimizer.register_state_dict_pre_hook(self.put_back).remove)
         undo.callback(self._wrap(optimizer))
 
-    def take_out(self) -> None:
-        """Parameter groups without what is frozen."""
+    def take_out(self, *_: Any) -> None:
+        """Parameter groups without what is frozen; also a hook before a step."""
         self._depth += 1
         self.refresh()
 
     def refresh(self) -> None:
         """More is frozen now; a step that runs meanwhile (Lightning's closure is a part of it) leaves that out, too."""
-        frozen = self._frozen()
-        if self._depth == 0 or not frozen:
+        frozen, optimizer = self._frozen(), self._optimizer()
+        if self._depth == 0 or not frozen or optimizer is None:
             return
-        for group in self._groups():
+        for group in optimizer.param_groups:
             if not any(group is known for known, _ in self._taken):
                 self._taken.append((group, group["params"]))
             group["params"] = [parameter for parameter in group["params"] if parameter not in frozen]
 
-    def put_back(self) -> None:
-        """Parameter groups as they were."""
+    def put_back(self, *_: Any) -> None:
+        """Parameter groups as they were; also a hook before `state_dict()`."""
         self._depth = 0
         for group, parameters in self._taken:
             group["params"] = parameters
         self._taken.clear()
 
-    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self.take_out()
-
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._depth -= 1
         if self._depth <= 0:
             self.put_back()
-
-    def _before_state_dict(self, optimizer: Any) -> None:
-        self.put_back()
 
     def _wrap(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         own, step = optimizer.__dict__.get("step"), optimizer.step
@@ -150,10 +144,9 @@ class LeaveOut:
 
         bound = types.MethodType(stepping, optimizer)  # a schedule that is built later takes its `__func__`
         optimizer.step = bound  # type: ignore[method-assign]
-        held = weakref.ref(optimizer)
 
         def undo() -> None:
-            there = held()
+            there = self._optimizer()
             if there is None or there.__dict__.get("step") is not bound:
                 return  # something has replaced it; ours finds nothing frozen any more
             if own is None:
@@ -170,16 +163,6 @@ def can_leave_out(optimizer: torch.optim.Optimizer) -> bool:
     Its optimizers leave alone what has no gradient.
     """
     return not hasattr(optimizer, "get_config")
-
-
-def _param_groups_of(optimizer: torch.optim.Optimizer) -> Callable[[], list[dict[str, Any]]]:
-    held = weakref.ref(optimizer)
-
-    def groups() -> list[dict[str, Any]]:
-        there = held()
-        return [] if there is None else there.param_groups
-
-    return groups
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -55,13 +55,10 @@ class Clipping(Extension):
                 before = self._factors.get(parameter)
                 self._factors[parameter] = factor if before is None else before * factor
 
-    def before_check(self, step: Step) -> None:
-        step.factors = self._factors
-
     def correct(self, values: Tensor, components: Sequence[Component], step: Step) -> Tensor:
-        if not step.factors:
+        if not self._factors:
             return values
-        factors = [step.factors.get(component.measured[0]) for component in components]
+        factors = [self._factors.get(component.measured[0]) for component in components]
         first = next((factor for factor in factors if factor is not None), None)
         if first is None:
             return values

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from ..contracts import Statistic
-from .base import L1Statistic
+from .base import Statistic
 from .gradient_change import GradientChange
 from .gradient_norm import GradientNorm
 from .gradient_per_loss import GradientPerLoss
 from .sampling import Sampler
 from .weight_change import WeightChange
 
-STATISTICS: dict[str, type[L1Statistic]] = {
-    cls.name: cls
-    for cls in (
-        GradientChange,
-        GradientNorm,
-        WeightChange,
-        GradientPerLoss,
-    )
+STATISTICS: dict[str, type[Statistic]] = {
+    cls.name: cls for cls in (GradientChange, GradientNorm, WeightChange, GradientPerLoss)
 }
 
 
@@ -32,6 +25,7 @@ __all__ = [
     "GradientNorm",
     "GradientPerLoss",
     "Sampler",
+    "Statistic",
     "WeightChange",
     "make_statistic",
 ]

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from ..parallel.sharded import locals_of
-from .base import L1Statistic
+from .base import Statistic
 from .sampling import Sampler
 
 logger = logging.getLogger(__name__)
 
 
-class GradientChange(L1Statistic):
+class GradientChange(Statistic):
     r"""$G_W(t) = \sum_{ij} |(\nabla W_t)_{ij} - (\nabla W_{t-1})_{ij}|$.
 
     Memory: one gradient per watched weight, or a sample of it. Where the training loop drops its gradients after each

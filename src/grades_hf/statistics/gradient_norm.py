@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .base import L1Statistic
+from .base import Statistic
 
 
-class GradientNorm(L1Statistic):
+class GradientNorm(Statistic):
     r"""$G_W(t) = \sum_{ij} |(\nabla W_t)_{ij}|$; of an adapter: $\|\nabla A\|_1 + \|\nabla B\|_1$."""
 
     name = "gradient_norm"

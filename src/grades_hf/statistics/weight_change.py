@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .base import L1Statistic
+from .base import Statistic
 
 
-class WeightChange(L1Statistic):
+class WeightChange(Statistic):
     r"""$G_W(t) = \sum_{ij} |(W_{t-1})_{ij} - (W_{t-2})_{ij}|$ with $W_s$ the weight after $s$ updates.
 
     It is read just before the update of step `t`, so it is the size of the last completed update. It is always one

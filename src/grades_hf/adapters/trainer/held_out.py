@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import nested_detach
 from ...config import GradESConfig
 from ...ending import Rows
 from ...ending.look import unseen
-from ..unnoted import unnoted
+from ..unnoted import silent, unnoted
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class _Loss(ABC):
         trainer = self._trainer()
         assert trainer is not None
         noting = [item for item in (trainer, getattr(trainer, "loss", None)) if hasattr(item, "__dict__")]
-        with unnoted(noting[:1], log=_silent), unnoted(noting[1:]):
+        with unnoted(noting[:1], log=silent), unnoted(noting[1:]):
             return self.of(trainer, model, batch)
 
     @abstractmethod
@@ -185,10 +185,6 @@ class _Metric(_Loss):
                 f"look_metric={self._key!r} is none of what compute_metrics returns: {', '.join(map(str, found))}."
             )
         return torch.tensor(self._sign * float(found[self._key]))
-
-
-def _silent(*_: Any, **__: Any) -> None:
-    """Stands in for `log` meanwhile."""
 
 
 def _arrays(tensors: Any) -> Any:
