@@ -68,16 +68,9 @@ def assemble(
             "them out."
         )
     scaler = find_scaler(optimizer) if scaler is None else scaler if scaler.is_enabled() else None
-    compiled = isinstance(model, nn.Module) and is_compiled(model)
-    traits = frozenset(
-        trait
-        for trait, holds in (
-            (Trait.SHARDED, isinstance(model, nn.Module) and is_sharded(model)),
-            (Trait.COMPILED, compiled),
-            (Trait.PARALLEL, is_parallel()),
-        )
-        if holds
-    )
+    compiled = is_compiled(model)
+    holds = {Trait.SHARDED: is_sharded(model), Trait.COMPILED: compiled, Trait.PARALLEL: is_parallel()}
+    traits = frozenset(trait for trait in holds if holds[trait])
     refuse(model, optimizer, traits)
     components, left_out = survey(model, config)
     assign_thresholds(components, config.tau)

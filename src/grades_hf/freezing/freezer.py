@@ -23,7 +23,7 @@ class Freezer(Extension):
     A frozen parameter has `requires_grad=False`, no gradient and no optimizer state; its place in the optimizer's
     parameter groups stays, so that checkpoints fit. PEFT's `disable_adapter()` and `set_adapter()` switch
     `requires_grad` on again; `reassert` switches it off at every step, and a gradient that was computed in between is
-    dropped the moment it is accumulated, before it can enter the norm that clipping divides by. `guard` does it for
+    dropped the moment it is accumulated, before it can enter the norm that clipping divides by. Hooks do it for
     every forward pass and again before its backward pass: activation checkpointing computes a part of the forward pass
     a second time there, and fails if other tensors require a gradient then.
 
@@ -65,7 +65,8 @@ class Freezer(Extension):
         undo.callback(lambda: self.release(keep_frozen=run.config.keep_frozen))
         self._ended: Callable[[], bool] = lambda: run.ended is not None
         if Trait.COMPILED not in run.traits or any(component.adapter for component in run.components):
-            self.guard(run.model)
+            self._undo.callback(hook(run.model, "forward_pre", self._before_forward))
+            self._undo.callback(hook(run.model, "forward", self._after_forward))
         for optimizer in filter(can_leave_out, self.optimizers):
             leaving = LeaveOut(optimizer, self)
             leaving.attach(optimizer, self._undo)
@@ -112,11 +113,6 @@ class Freezer(Extension):
                 parameter.requires_grad_(False)
             if parameter.grad is not None:
                 parameter.grad = None
-
-    def guard(self, model: nn.Module) -> None:
-        """Reassert before every forward pass of `model` and before the backward pass of its outputs."""
-        self._undo.callback(hook(model, "forward_pre", self._before_forward))
-        self._undo.callback(hook(model, "forward", self._after_forward))
 
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
         self.reassert()

@@ -31,11 +31,6 @@ DATA_PARALLEL = (
     "GradES cannot work under DataParallel: its replicas do not see what is frozen. Start with `torchrun` or "
     "`accelerate launch`, or use one device."
 )
-# Ways of training that cannot be combined.
-TOGETHER: dict[frozenset[Trait], str] = {
-    frozenset({Trait.PARALLEL, Trait.COMPILED}): "GradES does not support a compiled model in several processes. Drop "
-    "torch.compile, or train in one process.",
-}
 
 
 def refuse_foreign(model: object) -> None:
@@ -57,11 +52,9 @@ def refuse(model: nn.Module, optimizer: object, traits: frozenset[Trait]) -> Non
         traits: What the run is like.
 
     Raises:
-        ValueError: the model is no `nn.Module`.
         RuntimeError: DataParallel, DeepSpeed, FSDP1, tensor parallelism, a compiled model in several processes, or a
             torch that cannot rebuild DDP's reducer.
     """
-    refuse_foreign(model)
     if under_deepspeed() or any(
         "deepspeed" in cls.__module__.split(".") for part in (model, *_unwrap(optimizer)) for cls in type(part).__mro__
     ):
@@ -70,9 +63,11 @@ def refuse(model: nn.Module, optimizer: object, traits: frozenset[Trait]) -> Non
         raise RuntimeError(DATA_PARALLEL)
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise RuntimeError(FSDP1)
-    for together, reason in TOGETHER.items():
-        if together <= traits:
-            raise RuntimeError(reason)
+    if traits >= {Trait.PARALLEL, Trait.COMPILED}:
+        raise RuntimeError(
+            "GradES does not support a compiled model in several processes. Drop torch.compile, or train in one "
+            "process."
+        )
     if Trait.SHARDED in traits:
         _refuse_sharded(model)
     elif Trait.PARALLEL in traits:
