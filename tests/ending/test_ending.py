@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from grades_hf import GradES, GradESConfig
 from grades_hf.ending import Average, Rows
+from grades_hf.ending.rows import AT_ONCE
+from grades_hf.record.counter import FlopCounter
 from grades_hf.parallel.ranks import Ranks
 from tests.ending import loops
 from tests.ending.loops import HELD_OUT, STEPS, dataset, train
@@ -34,7 +35,7 @@ class Script:
 
 
 def test_a_run_that_overfits_ends_with_weights_that_are_better_than_the_last_ones():
-    held = Rows(dataset(), 128)
+    held = Rows([dataset()], 128)
 
     def loss(model: nn.Module) -> float:
         losses = held.losses(model.eval(), Ranks(model))
@@ -104,6 +105,18 @@ def test_real_looks_leave_no_trace():
 
 def rule(script: Script, **options: object) -> GradES:
     return train("full", GradESConfig(**options), held_out=script).engine
+
+
+def test_what_looks_cost_is_counted():
+    run = train("full", GradESConfig(), held_out=dataset())
+    savings, looks = run.engine.savings(), run.engine.ending.looks
+    with FlopCounter() as row, torch.no_grad():
+        run.model(input_ids=HELD_OUT[:1])
+    passes = sum(1 + (look["loss"] is not None) for look in looks) * len(HELD_OUT)
+    passes += 2 * AT_ONCE  # to see whether a batch says what its rows say
+    assert savings.looks == pytest.approx(passes * row.total)
+    assert savings.used == pytest.approx(savings.full + savings.looks)
+    assert savings.saved == -savings.looks
 
 
 def test_the_first_look_never_ends_a_run():
@@ -303,32 +316,6 @@ def test_without_held_rows_and_without_a_tau_there_are_three_ways_out():
     assert not model._forward_pre_hooks
 
 
-class Map(Dataset):
-    def __len__(self):
-        return len(HELD_OUT)
-
-    def __getitem__(self, index):
-        return {"input_ids": HELD_OUT[index], "labels": HELD_OUT[index]}
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(dataset())
-
-
-@pytest.mark.parametrize("number", [7, 128])
-@pytest.mark.parametrize(
-    "source", [dataset(), Map(), Stream(), DataLoader(Map(), batch_size=16), DataLoader(Stream(), batch_size=4)]
-)
-def test_the_loss_of_each_row_is_that_of_a_batch_of_its_own(source, number):
-    model = loops.make("full").eval()
-    losses = Rows(source, number).losses(model, Ranks(model))
-    assert losses == Rows(source, number).losses(model, Ranks(model)), "the same rows each time"
-    expected = {round(model(input_ids=r[None], labels=r[None]).loss.item(), 5) for r in HELD_OUT}
-    assert {round(loss, 5) for loss in losses} <= expected
-    assert len(losses) == min(number, len(HELD_OUT))
-
-
 def test_rows_that_say_nothing_are_refused():
     model = loops.make("full")
     with pytest.raises(ValueError, match="no rows"):
@@ -336,7 +323,7 @@ def test_rows_that_say_nothing_are_refused():
     with pytest.raises(ValueError, match="at least two rows"):
         GradES(model, GradESConfig(), total_steps=9, held_out=[{"input_ids": HELD_OUT[0], "labels": HELD_OUT[0]}])
     with pytest.raises(ValueError, match="no loss"):
-        Rows([{"input_ids": HELD_OUT[0]}], 3).losses(model, Ranks(model))
+        Rows([[{"input_ids": HELD_OUT[0]}]], 3).losses(model, Ranks(model))
     with pytest.raises(ValueError, match="at least two rows"):
         train("full", GradESConfig(), held_out=lambda model: torch.ones(1))
 

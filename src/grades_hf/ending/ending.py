@@ -13,7 +13,8 @@ import torch
 from ..contracts import Extension, Run, Step
 from ..criteria import Rise
 from .average import Average
-from .look import HeldOut, Rows, seed, unseen
+from .look import seed, unseen
+from .rows import HeldOut, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Ending(Extension):
         self._rows: Any = self._held_out
         function = callable(self._held_out) and not hasattr(self._held_out, "__getitem__")
         if not function and not isinstance(self._held_out, Rows):
-            self._rows = Rows(self._held_out, run.config.look_rows)
+            self._rows = Rows([self._held_out], run.config.look_rows)
         if isinstance(self._rows, Rows) and len(self._rows) < 2:
             raise ValueError(
                 "held_out gives only one loss, and a look needs at least two rows. Pass more held-out rows."
@@ -132,7 +133,7 @@ class Ending(Extension):
         run.end(self.conclude())
 
     def _look(self, average: Average) -> dict[str, Any]:
-        with unseen(self._run.model):
+        with unseen(self._run.model), self._run.extension("meter").look():
             with average.installed():
                 now = self._losses()
             since, since_error = _paired(now, self._before)
