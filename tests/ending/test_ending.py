@@ -12,8 +12,8 @@ from torch import nn
 from grades_hf import GradES, GradESConfig
 from grades_hf.ending import Average, Rows
 from grades_hf.ending.rows import AT_ONCE
-from grades_hf.record.counter import FlopCounter
 from grades_hf.parallel.ranks import Ranks
+from grades_hf.record.counter import FlopCounter
 from tests.ending import loops
 from tests.ending.loops import HELD_OUT, STEPS, dataset, train
 
