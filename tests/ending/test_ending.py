@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from grades_hf import GradES, GradESConfig
+from grades_hf import GradES, GradESConfig, History
 from grades_hf.ending import Average, Rows
 from grades_hf.ending.rows import AT_ONCE
 from grades_hf.parallel.ranks import Ranks
 from grades_hf.record.counter import FlopCounter
+from grades_hf.report.page import to_html
+from grades_hf.report.runs import Run
+from grades_hf.report.summary import sentence
 from tests.ending import loops
 from tests.ending.loops import HELD_OUT, STEPS, dataset, train
 
@@ -337,3 +340,44 @@ def test_a_finished_run_is_not_trained_any_more():
     engine.load_state_dict(state)
     assert engine.done
     engine.close()
+
+
+def held_out_with(masked):
+    """Held-out rows, of which some have no label left."""
+    labels = HELD_OUT.clone()
+    labels[masked] = -100
+    return [{"input_ids": ids, "labels": label} for ids, label in zip(HELD_OUT, labels, strict=True)]
+
+
+@pytest.mark.parametrize("masked", [[0, 17], list(range(HELD_OUT.shape[0] - 1))])
+def test_rows_without_labels_are_left_out(masked, caplog, tmp_path):
+    run = train("full", GradESConfig(), held_out=held_out_with(masked))
+    several = len(masked) < len(HELD_OUT) - 1
+    assert run.engine.done == several
+    said = "They are left out of every look" if several else "no look can end this run"
+    assert caplog.text.count(said) == 1
+    assert f"{len(masked)} of {len(HELD_OUT)} held-out rows" in caplog.text
+    assert {look["rows"] for look in run.engine.ending.looks} == {len(HELD_OUT) - len(masked)}
+    kept = dataset(HELD_OUT[[i for i in range(len(HELD_OUT)) if i not in masked]]) if several else None
+    if several:
+        same = train("full", GradESConfig(), held_out=kept)
+        assert same.steps == run.steps
+        for look, other in zip(same.engine.ending.looks, run.engine.ending.looks, strict=True):
+            assert look["average_loss"] == pytest.approx(other["average_loss"], rel=1e-4)
+    again = train("full", GradESConfig(), held_out=held_out_with(masked), resume_after=[11, 13])
+    assert again.steps == run.steps
+    assert again.engine.ending.looks == run.engine.ending.looks
+
+
+def test_losses_that_are_all_no_numbers_are_told_and_recorded(caplog, tmp_path):
+    run = train("full", GradESConfig(), held_out=Script(math.nan))
+    assert not run.engine.done
+    assert "50 of 50 held-out rows" in caplog.text
+    again = train("full", GradESConfig(), held_out=Script(math.nan), resume_after=[11, 13])
+    assert len(again.engine.ending.looks) == len(run.engine.ending.looks)
+    run.engine.history.save(tmp_path / "history.json")
+    history = History.load(tmp_path / "history.json")
+    look = history.looks[0]
+    assert (look["rows"], look["average_loss"]) == (0, None)
+    assert "no row has a finite loss" in sentence(history)
+    assert "no row has a finite loss" in to_html([Run(tmp_path, "run", history, {})])

@@ -89,6 +89,43 @@ def test_rows_of_a_batch_are_told_apart(kind: str) -> None:
     assert len(held) == len(rows)
 
 
+class Reduced(nn.Module):
+    """Computes the loss of a batch as trainers do that reduce it themselves."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.inner, self.kind = make("causal"), kind
+
+    def forward(self, **batch: Any) -> Any:
+        output = self.inner(**batch)
+        labels = batch["labels"][:, 1:]
+        each = nn.functional.cross_entropy(output.logits[:, :-1].transpose(1, 2), labels, reduction="none")
+        mask = labels != -100
+        if self.kind == "sum over mask":
+            output.loss = -(-each).sum() / torch.as_tensor(mask.sum()).clamp(min=1)
+        elif self.kind == "weighted tokens":
+            weights = mask / (1 + torch.arange(labels.shape[1]))
+            output.loss = torch.sum(each * weights) / weights.sum()
+        else:  # the mean over rows, as of preference losses, beside other means that are only noted
+            rows = each.sum(-1)
+            output.noted = rows.sigmoid().mean().item()
+            output.loss = (rows / 2).mean()
+        return output
+
+
+@pytest.mark.parametrize("kind", ["sum over mask", "weighted tokens", "mean over rows"])
+def test_rows_of_a_loss_that_the_trainer_reduces_are_told_apart(kind: str) -> None:
+    model, rows = Reduced(kind).eval(), texts()
+    loader: Any = DataLoader(rows, batch_size=8, collate_fn=padded)  # type: ignore[arg-type]
+    held = Rows([loader], 128)
+    expected = [model(**padded([row])).loss.item() for row in rows]
+    with torch.no_grad():
+        held.losses(model, Ranks(model))
+        counted = Counted(model)
+        assert held.losses(model, Ranks(model)) == pytest.approx(expected, rel=1e-5)
+    assert counted.passes == 3
+
+
 class Smoothed(nn.Module):
     """Adds something to the loss of a batch, or makes it that of another thing than the rows' mean."""
 
@@ -106,7 +143,7 @@ class Smoothed(nn.Module):
         elif self.kind == "an auxiliary loss":
             output.loss = output.loss + 1e-3
         elif self.kind == "two means":
-            output.loss = (output.loss + nn.functional.cross_entropy(logits, labels)) / 2
+            output.loss = (output.loss + nn.functional.cross_entropy(2 * logits, labels)) / 2
         elif self.kind == "rows that see each other":
             labels = torch.arange(len(batch["input_ids"]))
             pooled = output.logits.mean(1)

@@ -110,54 +110,78 @@ class Rows:
         """The losses of the rows of a batch, (number,) float64 on the host; (1,), their mean, if they are not told."""
         batch = _to(batch, next(model.parameters()).device)
         with ByRow(number) as rows:
-            loss = self._loss(model, batch).detach().double().reshape(-1).mean()
-        return (loss.reshape(1) if rows.losses is None or rows.mean != loss else rows.losses.double()).cpu()
+            loss = self._loss(model, batch).detach().reshape(-1).mean()
+        found = rows.of(loss)
+        return (loss.reshape(1) if found is None else found).double().cpu()
 
 
 class ByRow(TorchFunctionMode):
     """Tells the losses of a batch's rows apart, where the batch's loss is one mean over them or over their tokens.
 
     Such a mean is that of `cross_entropy`, `mse_loss` or `binary_cross_entropy_with_logits`, with no weights and no
-    label smoothing. It is computed element by element then, and put together again.
+    label smoothing; the mean of a tensor that has the rows as its first dimension; or the quotient of the sums of two
+    such tensors, as of the tokens' losses and of a mask. What is computed is computed row by row, too, and which of it
+    is the batch's loss is seen by its value.
 
     Args:
         number: The rows of the batch.
-
-    Attributes:
-        losses: (number,), the mean over the elements of each row; None if there was no such mean, or several.
-        mean: The batch's loss if it is that mean, a 0-d tensor in float64.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        self._number, self._means = number, 0
-        self.losses: Tensor | None = None
-        self.mean: Tensor | None = None
+        self._number = number
+        self._means: list[tuple[Tensor, Tensor]] = []  # a mean, and the mean of each row
+        self._sums: list[tuple[Tensor, Tensor]] = []
+
+    def of(self, loss: Tensor) -> Tensor | None:
+        """The loss of each row, (number,); None where they cannot be told apart.
+
+        Args:
+            loss: That of the batch, a 0-d tensor.
+        """
+        quotients = (
+            (a / b, rows_a / rows_b.where(rows_b != 0, 1))
+            for (a, rows_a), (b, rows_b) in itertools.permutations(self._sums, 2)
+        )
+        for mean, rows in itertools.chain(self._means, quotients):
+            if mean.abs() == loss.abs():
+                return rows if mean == loss else -rows
+        return None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._number == 1 or func not in _MEANS or kwargs.get("reduction") != "mean":
+        if self._number == 1:
             return func(*args, **kwargs)
-        self._means += 1
+        if func in _LOSSES and kwargs.get("reduction") == "mean":
+            return self._element_by_element(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if func in _MEANS + _SUMS and result.dim() == 0 and args[0].shape[:1] == (self._number,):
+            rows = args[0].reshape(self._number, -1)
+            if func in _MEANS:
+                self._means.append((result, rows.mean(1)))
+            else:
+                self._sums.append((result, rows.sum(1)))
+        return result
+
+    def _element_by_element(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         weighted = any(kwargs.get(name) is not None for name in ("weight", "pos_weight"))
         soft = func is F.cross_entropy and (kwargs["label_smoothing"] or args[1].is_floating_point())
         each = None if weighted or soft else func(*args, **kwargs | {"reduction": "none"})
-        if self._means > 1 or each is None or each.numel() % self._number:
-            self.losses = None
+        if each is None or each.numel() % self._number:
             return func(*args, **kwargs)
         each = each.reshape(self._number, -1)
         counts = torch.ones_like(each)
         if func is F.cross_entropy:
             counts = (args[1] != kwargs["ignore_index"]).reshape(self._number, -1).to(each)
-        self.losses = each.sum(1) / counts.sum(1)  # an ignored element is 0
         mean = each.sum() / counts.sum()
-        self.mean = mean.double()
+        self._means.append((mean, each.sum(1) / counts.sum(1)))  # an ignored element is 0
         return mean
 
 
-_MEANS = (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits)
+_LOSSES = (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits)
+_MEANS, _SUMS = (Tensor.mean, torch.mean), (Tensor.sum, torch.sum)
 
 
 def _drawn(source: Any, number: int) -> tuple[list[Any], Callable[[list[Any]], Any]]:
