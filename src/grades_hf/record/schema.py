@@ -280,9 +280,8 @@ def _look(data: Any, where: str) -> dict[str, Any]:
     item = _object(data, where)
     for key in ("step", "votes", "components", "rows"):
         count(item.get(key), f"{where}.{key}")
-    for key in ("rise", "average_loss"):
-        item[key] = _number(item.get(key), f"{where}.{key}")
-    for key in ("loss", "difference", "error", "since", "since_error"):  # None: not computed
+    item["rise"] = _number(item.get("rise"), f"{where}.rise")
+    for key in ("average_loss", "loss", "difference", "error", "since", "since_error"):  # None: not computed
         if item.get(key) is not None:
             item[key] = _number(item[key], f"{where}.{key}")
     if not isinstance(item.get("ended"), bool):
