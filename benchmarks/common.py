@@ -250,9 +250,8 @@ def write(name: str, results: Any, options: argparse.Namespace, *packages: str) 
     device, shape = getattr(options, "device", "cpu"), getattr(options, "shape", "smollm2-135m")
     kind = torch.device(device).type
     suffix = "" if (kind, shape) == ("cpu", "smollm2-135m") else f"-{kind}-{shape}"
-    settings = {key: value for key, value in vars(options).items() if key != "output"}
     document = {
-        "command": " ".join([f"python -m benchmarks.{name}", *_arguments(settings)]),
+        "command": command(name, options),
         "commit": commit(),
         "versions": versions(*packages),
         "machine": machine(device),
@@ -264,16 +263,15 @@ def write(name: str, results: Any, options: argparse.Namespace, *packages: str) 
     return path
 
 
-def _arguments(settings: Mapping[str, Any]) -> list[str]:
-    """The options as on a command line, defaults included."""
-    words: list[str] = []
-    for key, value in settings.items():
+def command(name: str, options: argparse.Namespace) -> str:
+    """The command of the benchmark `name` with these options, defaults included; `output` is left out."""
+    words = [f"python -m benchmarks.{name}"]
+    for key, value in vars(options).items():
         flag = f"--{key.replace('_', '-')}"
-        if isinstance(value, bool):
-            words += [flag] if value else []
-        elif value is not None:
-            words += [flag, *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
-    return words
+        if key == "output" or value is None or value is False:
+            continue
+        words += [flag] if value is True else [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return " ".join(words)
 
 
 def say(line: str) -> None:

@@ -363,9 +363,11 @@ def race() -> dict[str, str]:
     rows, runs = found["results"]["arms"], found["results"]["runs"]
     outcomes, full = race_page.outcomes(rows), race_page.full_budget(rows, "loss")
     accuracies = race_page.accuracies(outcomes, race_page.full_budget(rows, "accuracy"))
-    found["commit"] = ", ".join(sorted({run["commit"][:7] for run in runs}))
+    commands = " and ".join(f"`{command}`" for command in dict.fromkeys(run["command"] for run in runs))
+    commits = ", ".join(sorted({run["commit"][:7] for run in runs}))
     values = {
-        "race_origin": origin(found | {"commit": "%"}).replace("commit %", f"commit {found['commit']}"),
+        "race_meaning": race_page.meaning(rows),
+        "race_origin": origin(found | {"command": "?", "commit": "!"}).replace("`?`", commands).replace("!", commits),
         "race_extent": race_page.extent(rows, list(SETTINGS)),
         "race_goals": race_page.goal_lines(rows),
         "race_worst": table(*race_page.worst(outcomes)),

@@ -32,7 +32,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.common import RESULTS, commit, say, write
+from benchmarks.common import RESULTS, command, commit, say, write
 from benchmarks.race_loop import CALIBRATION, HeldRows, Job, Loop, Weights
 from benchmarks.race_rules import EarlyStopping, OldVote, ScheduleAlone, Snapshot
 from benchmarks.race_tasks import REAL, SETTINGS, SMOLLM2, Places, first, losses, number_of
@@ -53,13 +53,13 @@ def main(arguments: list[str] | None = None) -> Path:
     log = options.output / "race.jsonl"
     done = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     options.model = options.data_dir = "DIR"  # no path of this machine
-    started, now = time.monotonic(), commit()
+    started, made = time.monotonic(), {"commit": commit(), "command": command("race", options)}
     with multiprocessing.get_context("spawn").Pool(options.processes, _quiet) as pool, log.open("a") as file:
 
         def do(jobs: list[Job]) -> None:
             left = [job for job in jobs if job.key not in [entry["key"] for entry in done]]
             for number, entry in enumerate(pool.imap_unordered(run, left), start=1):
-                entry["commit"] = now
+                entry |= made
                 file.write(json.dumps(entry) + "\n")
                 file.flush()
                 done.append(entry)
@@ -93,7 +93,7 @@ def _chosen(only: list[str] | None) -> list[str]:
 def _write(entries: list[dict[str, Any]], options: argparse.Namespace) -> Path:
     """race.json: one dict for each setting, seed and arm, and the runs that they come from."""
     results = [{**entry["key"], **row} for entry in entries for row in entry.get("arms", [])]
-    runs = [{"key": e["key"], "seconds": e["seconds"], "commit": e["commit"], "looks": e.get("looks")} for e in entries]
+    runs = [{name: entry.get(name) for name in ("key", "seconds", "commit", "command", "looks")} for entry in entries]
     order = list(SETTINGS)
     results.sort(key=lambda row: (order.index(row["setting"]), row["seed"], row["kind"]))
     runs.sort(key=lambda entry: (order.index(entry["key"]["setting"]), entry["key"]["seed"], entry["key"]["kind"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -49,14 +50,14 @@ class ScheduleAlone:
         self.ranks, self.history = Ranks(engine.model), SimpleNamespace(looks=[])
         self.criterion, self.learned = SimpleNamespace(level=math.inf), torch.ones(1)
         self.freezer = SimpleNamespace(freeze=lambda parameters: None, settle=lambda: None)
-        self.held, self.ended = held, False
+        self.held, self.ended, self.meter = held, False, SimpleNamespace(look=contextlib.nullcontext)
         self.average, self.ending = Average(engine.extension("average").horizon), Ending(held)
         self._undo = ExitStack()
         for extension in (self.average, self.ending):
             extension.attach(self, self._undo)  # type: ignore[arg-type]
 
     def extension(self, name: str) -> Any:
-        return self.average
+        return self.average if name == "average" else self.meter
 
     def step(self, step: int, epoch: float) -> None:
         self.t = step

@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(text: str, config: MkDocsConfig, **_: object) -> str:
     """Links that are right in the repository become links that are right in the site; the table of options."""
     text = text.replace("](../benchmarks/results/", "](results/")
-    text = re.sub(r"\]\(docs/(\w+)\.md", r"](\1.md", text)  # of the changelog
+    text = re.sub(r"\]\(docs/([\w/]+)\.md", r"](\1.md", text)  # of the changelog
     return (
         text.replace("<!-- options -->", options(Path(config.config_file_path).parent))
         if "<!-- options" in text

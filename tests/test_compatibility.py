@@ -26,15 +26,34 @@ def test_the_page_lists_what_the_tests_mark(committed):
     assert page.rows_of(committed) == compatibility.marks_in(TESTS).keys(), "make compatibility writes it anew"
 
 
+def assert_exists(test: str) -> None:
+    file, *names = test.split("::")
+    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert set(names) <= defined, test
+
+
 def test_the_tests_that_the_page_names_exist(committed):
     for line in committed.splitlines():
         for cell in line.split("`")[1::2]:
-            if "::" not in cell:
-                continue
-            file, *names = cell.split("::")
-            tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
-            defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-            assert set(names) <= defined, cell
+            if "::" in cell:
+                assert_exists(cell)
+
+
+def test_each_claim_stands_on_its_page_and_its_tests_exist():
+    page_, words, count = "", "", 0
+    for line in (TESTS / "CLAIMS.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            page_ = line.removeprefix("## ")
+            words = " ".join((TESTS.parent / page_).read_text(encoding="utf-8").split())
+        elif line.startswith("| ") and not line.startswith("| claim"):
+            claim, tests = line.strip("| ").split(" | ")
+            assert claim in words, f"{page_} does not say: {claim}"
+            assert tests, claim
+            for test in tests.strip("`").split("`, `"):
+                assert_exists(test)
+            count += 1
+    assert count > 20
 
 
 def test_no_mode_has_two_verdicts():

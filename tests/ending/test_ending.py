@@ -8,11 +8,15 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from grades_hf import GradES, GradESConfig
+from grades_hf import GradES, GradESConfig, History
 from grades_hf.ending import Average, Rows
+from grades_hf.ending.rows import AT_ONCE
 from grades_hf.parallel.ranks import Ranks
+from grades_hf.record.counter import FlopCounter
+from grades_hf.report.page import to_html
+from grades_hf.report.runs import Run
+from grades_hf.report.summary import sentence
 from tests.ending import loops
 from tests.ending.loops import HELD_OUT, STEPS, dataset, train
 
@@ -34,7 +38,7 @@ class Script:
 
 
 def test_a_run_that_overfits_ends_with_weights_that_are_better_than_the_last_ones():
-    held = Rows(dataset(), 128)
+    held = Rows([dataset()], 128)
 
     def loss(model: nn.Module) -> float:
         losses = held.losses(model.eval(), Ranks(model))
@@ -104,6 +108,18 @@ def test_real_looks_leave_no_trace():
 
 def rule(script: Script, **options: object) -> GradES:
     return train("full", GradESConfig(**options), held_out=script).engine
+
+
+def test_what_looks_cost_is_counted():
+    run = train("full", GradESConfig(), held_out=dataset())
+    savings, looks = run.engine.savings(), run.engine.ending.looks
+    with FlopCounter() as row, torch.no_grad():
+        run.model(input_ids=HELD_OUT[:1])
+    passes = sum(1 + (look["loss"] is not None) for look in looks) * len(HELD_OUT)
+    passes += 2 * AT_ONCE  # to see whether a batch says what its rows say
+    assert savings.looks == pytest.approx(passes * row.total)
+    assert savings.used == pytest.approx(savings.full + savings.looks)
+    assert savings.saved == -savings.looks
 
 
 def test_the_first_look_never_ends_a_run():
@@ -303,32 +319,6 @@ def test_without_held_rows_and_without_a_tau_there_are_three_ways_out():
     assert not model._forward_pre_hooks
 
 
-class Map(Dataset):
-    def __len__(self):
-        return len(HELD_OUT)
-
-    def __getitem__(self, index):
-        return {"input_ids": HELD_OUT[index], "labels": HELD_OUT[index]}
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(dataset())
-
-
-@pytest.mark.parametrize("number", [7, 128])
-@pytest.mark.parametrize(
-    "source", [dataset(), Map(), Stream(), DataLoader(Map(), batch_size=16), DataLoader(Stream(), batch_size=4)]
-)
-def test_the_loss_of_each_row_is_that_of_a_batch_of_its_own(source, number):
-    model = loops.make("full").eval()
-    losses = Rows(source, number).losses(model, Ranks(model))
-    assert losses == Rows(source, number).losses(model, Ranks(model)), "the same rows each time"
-    expected = {round(model(input_ids=r[None], labels=r[None]).loss.item(), 5) for r in HELD_OUT}
-    assert {round(loss, 5) for loss in losses} <= expected
-    assert len(losses) == min(number, len(HELD_OUT))
-
-
 def test_rows_that_say_nothing_are_refused():
     model = loops.make("full")
     with pytest.raises(ValueError, match="no rows"):
@@ -336,7 +326,7 @@ def test_rows_that_say_nothing_are_refused():
     with pytest.raises(ValueError, match="at least two rows"):
         GradES(model, GradESConfig(), total_steps=9, held_out=[{"input_ids": HELD_OUT[0], "labels": HELD_OUT[0]}])
     with pytest.raises(ValueError, match="no loss"):
-        Rows([{"input_ids": HELD_OUT[0]}], 3).losses(model, Ranks(model))
+        Rows([[{"input_ids": HELD_OUT[0]}]], 3).losses(model, Ranks(model))
     with pytest.raises(ValueError, match="at least two rows"):
         train("full", GradESConfig(), held_out=lambda model: torch.ones(1))
 
@@ -350,3 +340,44 @@ def test_a_finished_run_is_not_trained_any_more():
     engine.load_state_dict(state)
     assert engine.done
     engine.close()
+
+
+def held_out_with(masked):
+    """Held-out rows, of which some have no label left."""
+    labels = HELD_OUT.clone()
+    labels[masked] = -100
+    return [{"input_ids": ids, "labels": label} for ids, label in zip(HELD_OUT, labels, strict=True)]
+
+
+@pytest.mark.parametrize("masked", [[0, 17], list(range(HELD_OUT.shape[0] - 1))])
+def test_rows_without_labels_are_left_out(masked, caplog, tmp_path):
+    run = train("full", GradESConfig(), held_out=held_out_with(masked))
+    several = len(masked) < len(HELD_OUT) - 1
+    assert run.engine.done == several
+    said = "They are left out of every look" if several else "no look can end this run"
+    assert caplog.text.count(said) == 1
+    assert f"{len(masked)} of {len(HELD_OUT)} held-out rows" in caplog.text
+    assert {look["rows"] for look in run.engine.ending.looks} == {len(HELD_OUT) - len(masked)}
+    kept = dataset(HELD_OUT[[i for i in range(len(HELD_OUT)) if i not in masked]]) if several else None
+    if several:
+        same = train("full", GradESConfig(), held_out=kept)
+        assert same.steps == run.steps
+        for look, other in zip(same.engine.ending.looks, run.engine.ending.looks, strict=True):
+            assert look["average_loss"] == pytest.approx(other["average_loss"], rel=1e-4)
+    again = train("full", GradESConfig(), held_out=held_out_with(masked), resume_after=[11, 13])
+    assert again.steps == run.steps
+    assert again.engine.ending.looks == run.engine.ending.looks
+
+
+def test_losses_that_are_all_no_numbers_are_told_and_recorded(caplog, tmp_path):
+    run = train("full", GradESConfig(), held_out=Script(math.nan))
+    assert not run.engine.done
+    assert "50 of 50 held-out rows" in caplog.text
+    again = train("full", GradESConfig(), held_out=Script(math.nan), resume_after=[11, 13])
+    assert len(again.engine.ending.looks) == len(run.engine.ending.looks)
+    run.engine.history.save(tmp_path / "history.json")
+    history = History.load(tmp_path / "history.json")
+    look = history.looks[0]
+    assert (look["rows"], look["average_loss"]) == (0, None)
+    assert "no row has a finite loss" in sentence(history)
+    assert "no row has a finite loss" in to_html([Run(tmp_path, "run", history, {})])

@@ -241,15 +241,12 @@ def test_shares_of_a_step() -> None:
     model = llama()
     engine = make_engine(model, tau=1e-30)
     assert engine.meter.shares() == {}
-    assert engine.meter.block_shares() == []
     _, full = run(model, engine)
     chance = random.Random(1)
     tokens = sum(make_batch("llama", chance)["input_ids"].numel() for _ in range(STEPS))
     shares = engine.meter.shares()
     for component in engine.components:
         assert shares[component.name] * full == pytest.approx(2 * tokens * component.numel)
-    first, second = engine.meter.block_shares()
-    assert first == second > sum(share for name, share in shares.items() if ".0." in name)  # attention besides
 
 
 def test_counted_steps_are_few() -> None:

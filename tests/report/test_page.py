@@ -124,6 +124,14 @@ def test_the_error_of_a_look_at_one_row_is_left_out(tmp_path: Path) -> None:
     assert "-0.1000<" in page.to_html([Run(tmp_path, "run", run, {})])
 
 
+def test_a_last_look_that_only_computed_the_loss_of_the_average(tmp_path: Path) -> None:
+    run = looked()
+    run.looks = [{**look(12, 2.5, 2.4, False), "loss": None, "difference": None, "error": None}]
+    from grades_hf.report.runs import Run
+
+    assert "2.4000<small>at the last look</small>" in page.to_html([Run(tmp_path, "run", run, {})])
+
+
 def test_a_grid_of_runs_is_a_page(tmp_path: Path) -> None:
     for arm, seed, loss in (("none", 1, 3.0), ("none", 2, 3.2), ("grades", 1, 3.1), ("grades", 2, 3.1)):
         run = history() if arm == "grades" else None

@@ -148,7 +148,7 @@ class GradESLightningCallback(Callback):
         if not parts:
             return None
         number = -(-self.config.look_rows // len(parts))
-        rows = Rows.joined([Rows(part, number, loss) for part in parts])
+        rows = Rows(parts, number, loss)
         with unseen(module):
             rows.first(module)
         return rows

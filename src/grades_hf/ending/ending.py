@@ -13,7 +13,8 @@ import torch
 from ..contracts import Extension, Run, Step
 from ..criteria import Rise
 from .average import Average
-from .look import HeldOut, Rows, seed, unseen
+from .look import seed, unseen
+from .rows import HeldOut, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ MARGIN = 3.0  # standard errors by which a difference counts
 FIRST_STEP = 10
 MOST = 12  # looks in a run
 
-_NUMBERS = ("step", "votes", "components", "rise", "rows", "average_loss")
-_COMPUTED_OR_NOT = ("loss", "difference", "error", "since", "since_error")
+_NUMBERS = ("step", "votes", "components", "rise", "rows")
+_COMPUTED_OR_NOT = ("average_loss", "loss", "difference", "error", "since", "since_error")
 
 NO_ROWS = (
     "GradES without a tau decides by looks at held-out rows, and has none. Pass held_out= (a Dataset, a DataLoader, or "
@@ -85,7 +86,7 @@ class Ending(Extension):
         self._rows: Any = self._held_out
         function = callable(self._held_out) and not hasattr(self._held_out, "__getitem__")
         if not function and not isinstance(self._held_out, Rows):
-            self._rows = Rows(self._held_out, run.config.look_rows)
+            self._rows = Rows([self._held_out], run.config.look_rows)
         if isinstance(self._rows, Rows) and len(self._rows) < 2:
             raise ValueError(
                 "held_out gives only one loss, and a look needs at least two rows. Pass more held-out rows."
@@ -132,9 +133,11 @@ class Ending(Extension):
         run.end(self.conclude())
 
     def _look(self, average: Average) -> dict[str, Any]:
-        with unseen(self._run.model):
+        with unseen(self._run.model), self._run.extension("meter").look():
             with average.installed():
                 now = self._losses()
+            if not self.looks:
+                _tell_left_out(now)
             since, since_error = _paired(now, self._before)
             learns = since is None or since + MARGIN * since_error < 0
             present = [] if learns else self._losses()
@@ -142,8 +145,8 @@ class Ending(Extension):
         ended = difference is not None and difference + MARGIN * error < 0 and _mean(self._before) < _mean(present)
         self._before = now
         return {
-            "rows": len(now),
-            "average_loss": _mean(now),
+            "rows": len(_finite(now)),
+            "average_loss": _mean(now) if _finite(now) else None,
             "loss": _mean(present) if present else None,
             "difference": difference,
             "error": error if difference is not None else None,
@@ -198,7 +201,7 @@ class Ending(Extension):
             _losses(look)
             look["step"] = int(look["step"])
         before = [float(loss) for loss in state["before"]]
-        if not math.isfinite(level) or level <= 0 or not all(map(math.isfinite, before)):
+        if not math.isfinite(level) or level <= 0:
             raise ValueError("the checkpoint's looks hold numbers that cannot be.")
         return looks, level, before
 
@@ -212,18 +215,39 @@ class Ending(Extension):
 
 
 def _paired(a: list[float], b: list[float]) -> tuple[float | None, float]:
-    """Mean of a - b over the rows, and its standard error; None where there is nothing to compare."""
+    """Mean of a - b over the rows that have both, and its standard error; None where there is nothing to compare."""
     if len(a) != len(b):
         return None, 0.0
-    difference = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
-    return float(difference.mean()), float(difference.std()) / math.sqrt(len(a))
+    found = _finite([x - y for x, y in zip(a, b, strict=True)])
+    if len(found) < 2:
+        return None, 0.0
+    difference = torch.tensor(found, dtype=torch.float64)
+    return float(difference.mean()), float(difference.std()) / math.sqrt(len(found))
 
 
 def _mean(losses: list[float]) -> float:
-    return sum(losses) / len(losses)
+    found = _finite(losses)
+    return sum(found) / len(found) if found else math.nan
+
+
+def _finite(losses: list[float]) -> list[float]:
+    return [loss for loss in losses if math.isfinite(loss)]
+
+
+def _tell_left_out(losses: list[float]) -> None:
+    finite = len(_finite(losses))
+    if finite < len(losses):
+        what = "They are left out of every look" if finite > 1 else "So no look can end this run"
+        logger.warning(
+            "GradES: %d of %d held-out rows have no finite loss. A row has none where all of its labels are masked: "
+            "perhaps max_length cut the completion off. %s.",
+            *(len(losses) - finite, len(losses), what),
+        )
 
 
 def _losses(look: Mapping[str, Any]) -> str:
+    if look["average_loss"] is None:
+        return "no row has a finite loss"
     if look["difference"] is None:
         return f"loss {look['average_loss']:.4g} with the average"
     return (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from operator import attrgetter
 from typing import Any
@@ -126,11 +127,12 @@ class Meter(Extension):
         return Savings(
             steps=tally.steps,
             full=full,
-            used=full - tally.weights - inputs - 2 * tally.merged,
+            used=full - tally.weights - inputs - 2 * tally.merged + tally.looks,
             weight_gradient=tally.weights,
             input_gradient=inputs,
             adapter=2 * tally.merged,
             planned=full * total_steps / tally.steps,
+            looks=tally.looks,
         )
 
     def shares(self) -> dict[str, float]:
@@ -141,13 +143,15 @@ class Meter(Extension):
         sizes, full = self._tally.sizes, self._full(self._tally.sizes)
         return {name: each * sizes.get(key, 0.0) / full for name, (key, each) in self._weights().items()}
 
-    def block_shares(self) -> list[float]:
-        """The same of the input gradients of each block from the lowest up (attention and recomputation included), all
-        blocks alike; empty where nothing is measured, or the model has no or several sequences of blocks."""
-        if not self.measured or len(self._lengths) != 1:
-            return []
-        ((start, blocks),), tally = self._lengths, self._tally
-        return [dot(self._block(start, blocks), tally.sizes) / self._full(tally.sizes)] * blocks
+    @contextlib.contextmanager
+    def look(self) -> Iterator[None]:
+        """What runs inside belongs to a look."""
+        if self.reason is not None:
+            yield
+            return
+        with FlopCounter() as counter:
+            yield
+        self._tally.looks += counter.total
 
     def take(self) -> int | None:
         """The model's FLOPs since the last call, the running step included; None where they are not counted."""
@@ -164,7 +168,6 @@ class Meter(Extension):
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint; JSON types only."""
         return {"format": FORMAT, "reason": self.reason, **self._tally.to_state()}
 
     def check(self, state: Mapping[str, Any]) -> tuple[Tally, str | None]:
@@ -180,7 +183,6 @@ class Meter(Extension):
         self._taken = int(self.savings(1).used) if self.measured and self._tally.steps else 0
 
     def _close(self) -> None:
-        """End the run; what was counted stays readable."""
         if self._counter is not None:
             self._counter.stop()
         self._counter = None
@@ -230,8 +232,8 @@ class Meter(Extension):
 
     # --- one step --------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        """The first forward pass of a step: what is trained, and is it counted?"""
+    def _begin(self) -> bool:
+        """The first forward pass of a step: what is trained, and is it counted? False: nothing can be told."""
         tally = self._tally
         self._begun = True
         live = sum(map(_requires_grad, self._parameters))
@@ -240,7 +242,7 @@ class Meter(Extension):
             tally.trainable = live
             if any(component.frozen_at is not None for component in self._components):
                 self.reason = "the counts of the session before are lost: the checkpoint holds none"
-                return
+                return False
         self._changed |= not tally.state or live != tally.state[0] or merged != self._merged
         if self._changed:
             self._merged = merged
@@ -256,6 +258,7 @@ class Meter(Extension):
         if due or tally.steps + 1 - tally.last >= RECOUNT_AFTER:
             self._counter, self._spent = FlopCounter(), Counter()
             self._counter.follow(self._sizes, self._owners)
+        return True
 
     def _look(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A block begins: does backward reach what lies below?"""
@@ -334,11 +337,8 @@ class Meter(Extension):
 
     # --- the model's passes ----------------------------------------------------------------------------------------
 
-    def _gave_up(self) -> bool:
-        return self.reason is not None
-
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not model.training or not torch.is_grad_enabled() or self._gave_up():
+        if not model.training or not torch.is_grad_enabled() or self.reason is not None:
             return
         inside = torch._C._current_graph_task_id() != -1
         if inside and self._begun and not self._inside:
@@ -349,9 +349,8 @@ class Meter(Extension):
                 self._counter.parts = self._start
         if not self._begun:
             self._inside = inside
-            self._begin()
-        if self._gave_up():
-            return
+            if not self._begin():
+                return
         self._sizes.begin()
         if self._counter is not None:
             self._start = self._counter.parts.copy()

@@ -72,12 +72,11 @@ def frame(data: Any) -> dict[str, Any]:
     if any(row["step"] <= before["step"] for before, row in itertools.pairwise(logs)):
         raise ValueError("this GradES history contradicts itself: the steps of its logs do not ascend.")
     looks = [_checked(look, LOOK, f"looks[{i}]") for i, look in enumerate(item["looks"])]
-    nothing = {"rise": math.nan, "average_loss": math.nan}
     parts: dict[str, Any] = {
         "config": _checked(item["config"], CONFIG, "config"),
         "components": components,
         "events": events,
-        "looks": [look | {key: nan for key, nan in nothing.items() if look[key] is None} for look in looks],
+        "looks": [look | {"rise": math.nan} if look["rise"] is None else look for look in looks],
         "logs": logs,
         "savings": _savings(item["savings"]),
         "versions": _checked(item["versions"], dict.fromkeys(item["versions"], TEXT), "versions"),

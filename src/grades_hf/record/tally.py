@@ -29,6 +29,7 @@ class Tally:
         weights: FLOPs of the weight gradients that were saved.
         merged: FLOPs that merging saved in forward passes.
         inputs: FLOPs of the rest of backward that were saved.
+        looks: FLOPs of looks.
         rate: The last figure of `inputs`, for each unit of a size.
         state: The state of the model in the last step: trainable tensors, frozen and merged components.
         known: The state that `rate` is of.
@@ -49,6 +50,7 @@ class Tally:
     weights: float = 0.0
     merged: float = 0.0
     inputs: float = 0.0
+    looks: float = 0.0
     rate: Vector = field(default_factory=dict)
     state: list[int] = field(default_factory=list)
     known: list[int] = field(default_factory=list)
@@ -68,7 +70,8 @@ class Tally:
         """
         blank, parts = cls(), {}
         for part in dataclasses.fields(cls):
-            value, kind = state[part.name], getattr(blank, part.name)
+            kind = getattr(blank, part.name)
+            value = state.get(part.name, 0.0) if part.name == "looks" else state[part.name]  # not in older states
             if isinstance(kind, dict):
                 found: Any = {str(k): str(v) if part.name == "routed" else _number(v) for k, v in value.items()}
             elif isinstance(kind, list):

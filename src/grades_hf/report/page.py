@@ -26,6 +26,7 @@ from .summary import (
     duration,
     ended_by_look,
     facts,
+    finite,
     has_thresholds,
     look_rows,
     rule,
@@ -172,8 +173,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         said = "none was proposed" if run.ended else "none so far"
         for look in history.looks[-1:]:
             said = "the last one ended the run" if look["ended"] else "all said to go on"
-            of = f"at the last look; {look['loss']:.4f} without averaging"
-            tiles.append(("held-out loss", f"{look['average_loss']:.4f}", of))
+            of = f"; {look['loss']:.4f} without averaging" if finite(look["loss"]) else ""
+            loss = f"{look['average_loss']:.4f}" if finite(look["average_loss"]) else NONE
+            tiles.append(("held-out loss", loss, f"at the last look{of}"))
         tiles.insert(1, ("looks at held-out rows", f"{len(history.looks)}", said))
     tiles.append(("compute saved", f"{saved[0]:.1%}", saved[1]) if saved else ("compute saved", "not counted", ""))
     return [*tiles, ("training time", *((NONE, "") if seconds is None else (duration(seconds), "wall clock")))]

@@ -134,6 +134,8 @@ def looks_part(history: History) -> str:
 
 def look_losses(look: Mapping[str, Any]) -> str:
     """The losses of a look: of the averaged weights, and where it was computed that of the weights themselves."""
+    if not finite(look["average_loss"]):
+        return "no row has a finite loss"
     without = f", {look['loss']:.4g} without" if finite(look["loss"]) else ""
     return f"loss {look['average_loss']:.4g} with averaged weights{without}"
 
@@ -148,8 +150,8 @@ def look_rows(history: History) -> Sequence[tuple[str, ...]]:
         error = f" ± {look['error']:.4f}" if finite(look["error"]) else ""
         voted, verdict = f"{look['votes']:,} of {look['components']:,}", "end" if look["ended"] else "go on"
         difference = f"{look['difference']:+.4f}{error}" if finite(look["difference"]) else ""
-        numbers = f"{look['loss']:.4f}" if finite(look["loss"]) else "", f"{look['average_loss']:.4f}", difference
-        rows.append((f"{look['step']:,}", voted, *numbers, verdict))
+        losses = (f"{look[key]:.4f}" if finite(look[key]) else "" for key in ("loss", "average_loss"))
+        rows.append((f"{look['step']:,}", voted, *losses, difference, verdict))
     return rows
 
 

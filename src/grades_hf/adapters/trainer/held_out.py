@@ -75,18 +75,15 @@ def held_out_rows(
     loaders = [part if isinstance(part, DataLoader) else trainer.get_eval_dataloader(part) for part in parts]
     number = -(-config.look_rows // len(loaders))
 
-    def rows(size: int) -> Rows:
-        return Rows.joined([Rows(loader, number, loss, size=size) for loader in loaders])
-
-    found = rows(1)
+    found = Rows(loaders, number, loss, 1 if metric is not None else trainer.args.per_device_eval_batch_size)
     size = max(2, min(trainer.args.per_device_eval_batch_size, len(found) // FEWEST))
     if _compares_rows(trainer):
-        found = rows(size)
+        found.unite(size)
     with unseen(model):
-        tried = found.first(model)
-        if metric is None and tried == 0 and found.size == 1:  # nothing to compare a row with?
-            batches = rows(size)
-            found = batches if batches.first(model) != 0 else found
+        if found.first(model) == 0 and metric is None and not _compares_rows(trainer):  # nothing to compare a row with?
+            united = Rows(loaders, number, loss)
+            united.unite(size)
+            found = united if united.first(model) != 0 else found
     return found
 
 
