@@ -248,6 +248,31 @@ def test_a_disk_that_is_really_full(whole, tmp_path, caplog):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.compatibility("Faults", "disk full at a resume", "refused")
+@pytest.mark.parametrize("last", [6, 12])
+def test_a_full_disk_at_a_resume_stops_before_the_first_step(last, tmp_path, caplog, monkeypatch):
+    stop = [] if last == STEPS else [StopAfter(last)]
+    small.trainer(llama(), tmp_path, [GradESCallback(tau=1.0), *stop], **SAVES).train()
+    before = (tmp_path / "grades_history.arrow").read_bytes()
+
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    caplog.clear()
+    model = llama()
+    trainer = small.trainer(model, tmp_path, [GradESCallback(tau=1.0)], **SAVES)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match=r"GradES cannot write its record, .*No space left.*grades_history\.arrow"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / RESUME))
+    assert trainer.state.global_step == 6
+    assert not any("training goes on" in message for message in messages(caplog))
+    assert all(p.requires_grad for p in model.parameters())
+    assert (tmp_path / "grades_history.arrow").read_bytes() == before
+    trainer.train(resume_from_checkpoint=str(tmp_path / RESUME))
+    assert History.load(tmp_path).steps[-1] == trainer.state.global_step > 6
+
+
 READ_ONLY = """
 import os, sys
 from grades_hf import GradESCallback

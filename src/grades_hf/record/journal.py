@@ -40,6 +40,17 @@ class Journal:
 
     def open(self, history: History, path: Path) -> None:
         """See `History.open`."""
+        try:
+            self._open(history, path)
+        except OSError as error:
+            self.file = None
+            if error.filename is not None:  # the system's message names the file
+                raise
+            raise OSError(
+                error.errno, f"GradES cannot write its record, so the run does not begin: {error.strerror}", str(path)
+            ) from error
+
+    def _open(self, history: History, path: Path) -> None:
         rows = history._rows
         if rows.file is None or not rows.file.is_at(path):
             self.create(history, path, keep=True)
@@ -52,7 +63,7 @@ class Journal:
                 pass
         rows.file.writable()
         self.file = rows.file
-        self.append(history)
+        self.append(history, always=True)  # a full disk is known before the first step
 
     def flush(self, history: History, *, urgent: bool) -> bool:
         """See `History.flush`."""
@@ -69,8 +80,8 @@ class Journal:
         self._failed, self._last_write = False, now
         return True
 
-    def append(self, history: History, *, durable: bool = True) -> None:
-        """Add what the file does not say yet; a file that was deleted is written anew.
+    def append(self, history: History, *, durable: bool = True, always: bool = False) -> None:
+        """Add what the file does not say yet, or with `always` at least an empty note; a deleted file is written anew.
 
         Raises:
             OSError: it cannot be written.
@@ -82,8 +93,9 @@ class Journal:
         news, rows = self._news(history), history._rows
         if rows.stale:
             news["cut"] = rows.filed_count
-        if news or rows.waiting:
-            rows.write(self.file, history.steps, self._note(history, news) if news else None, durable=durable)
+        if news or rows.waiting or always:
+            note = self._note(history, news) if news or always else None
+            rows.write(self.file, history.steps, note, durable=durable)
             rows.stale = 0
             self.remember(history)
 
@@ -131,7 +143,8 @@ class Journal:
         before: list[Any] = self.written.get(key, [])
         now: list[Any] = getattr(history, key)
         known = self._seen.get(key) is now and len(now) >= len(before) > 0
-        return schema.first_difference(before, now, len(before) - 1 if known else 0)
+        start, stop = len(before) - 1 if known else 0, min(len(before), len(now))
+        return next((i for i in range(start, stop) if before[i] is not now[i] and before[i] != now[i]), stop)
 
     @staticmethod
     def _note(history: History, news: Mapping[str, Any]) -> str:

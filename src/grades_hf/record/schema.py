@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -53,41 +53,40 @@ def frame(data: Any) -> dict[str, Any]:
     Raises:
         ValueError: it is no frame; the message is a sentence.
     """
-    if not isinstance(data, Mapping):
-        _fail("the whole", data, "an object")
-    for key in ("config", "total_steps", "t_grace", "components", "events"):
-        if key not in data:
-            raise ValueError(f"this GradES history is incomplete: it has no {key!r}.")
-    data = clean({key: data[key] for key in (*LISTS, *SINGLE) if key in data})
-    components = [
-        _component(item, f"components[{i}]") for i, item in enumerate(_list(data["components"], "components"))
-    ]
+    data = clean({key: item for key, item in _object(data, "the whole").items() if key in (*LISTS, *SINGLE)})
+    item = _checked(data, FRAME)
+    item |= {key: item[key] or empty for key, empty in (("looks", []), ("logs", []), ("versions", {}))}
+    components = [_checked(c, COMPONENT, f"components[{i}]") for i, c in enumerate(item["components"])]
     names = {component["name"] for component in components}
     if len(names) != len(components):
         raise ValueError("this GradES history contradicts itself: two components have the same name.")
-    events = [_event(item, f"events[{i}]", names) for i, item in enumerate(_list(data["events"], "events"))]
+    known = {**EVENT, "name": Check(lambda v: isinstance(v, str) and v in names, "the name of a component")}
+    events = [_checked(event, known, f"events[{i}]") for i, event in enumerate(item["events"])]
     if len({event["name"] for event in events}) != len(events):
         raise ValueError("this GradES history contradicts itself: a component is frozen twice.")
-    logs = [_log(item, f"logs[{i}]") for i, item in enumerate(_list(data.get("logs") or [], "logs"))]
+    logs = [
+        _checked(row, {**dict.fromkeys(_object(row, f"logs[{i}]"), OR_NONE), **LOG}, f"logs[{i}]")
+        for i, row in enumerate(item["logs"])
+    ]
+    logs = [{key: math.nan if value is None else value for key, value in row.items()} for row in logs]
     if any(row["step"] <= before["step"] for before, row in itertools.pairwise(logs)):
         raise ValueError("this GradES history contradicts itself: the steps of its logs do not ascend.")
-    ended = data.get("ended")
-    if ended is not None and ended not in ENDINGS:
-        _fail("ended", ended, f"one of {', '.join(ENDINGS)}")
-    versions = _object(data.get("versions") or {}, "versions")
-    return {
-        "config": _config(data["config"]),
-        "total_steps": count(data["total_steps"], "total_steps", 1),
-        "t_grace": count(data["t_grace"], "t_grace"),
+    looks = [_checked(look, LOOK, f"looks[{i}]") for i, look in enumerate(item["looks"])]
+    parts: dict[str, Any] = {
+        "config": _checked(item["config"], CONFIG, "config"),
         "components": components,
         "events": events,
-        "looks": [_look(item, f"looks[{i}]") for i, item in enumerate(_list(data.get("looks") or [], "looks"))],
+        "looks": [look | {"rise": math.nan} if look["rise"] is None else look for look in looks],
         "logs": logs,
-        "savings": _savings(data.get("savings")),
-        "ended": ended,
-        "versions": {name: _text(version, f"versions[{name!r}]") for name, version in versions.items()},
-        "shares": _shares(data.get("shares"), names),
+        "savings": _savings(item["savings"]),
+        "versions": _checked(item["versions"], dict.fromkeys(item["versions"], TEXT), "versions"),
     }
+    if item["shares"] is not None:
+        share = Check(lambda v: _real(v) and v >= 0, "the share of a component")
+        nobody = Check(lambda _: False, "the share of a component")
+        shares = {name: share if name in names else nobody for name in item["shares"]}
+        parts["shares"] = _checked(item["shares"], shares, "shares")
+    return {**item, **parts}
 
 
 def checks(data: Any) -> list[int]:
@@ -236,126 +235,110 @@ def count(value: Any, where: str, least: int = 0, below: int = 2**63) -> int:
     return value
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
+# --- what each field must be -----------------------------------------------------------------------------------------
 
 
-def _component(data: Any, where: str) -> dict[str, Any]:
-    item = {"layer": None, "tower": None, "adapter": False, "tau": None, **_object(data, where)}
-    for key in ("name", "group", "projection", "monitor"):
-        _text(item.get(key), f"{where}.{key}")
-    if item["tower"] is not None:
-        _text(item["tower"], f"{where}.tower")
-    if item["layer"] is not None:
-        count(item["layer"], f"{where}.layer")
-    if not isinstance(item["adapter"], bool):
-        _fail(f"{where}.adapter", item["adapter"], "true or false")
-    count(item.get("numel"), f"{where}.numel", 1)
-    if _number(item["tau"], f"{where}.tau") <= 0:
-        _fail(f"{where}.tau", item["tau"], "greater than 0")
-    return item
+NEEDED, LEFT_OUT = object(), object()  # instead of a default: the field must be there, or may be missing
 
 
-def _event(data: Any, where: str, names: set[str]) -> dict[str, Any]:
+class Check(NamedTuple):
+    """What the value of a field must be, in code and in words; and what stands for one that is missing."""
+
+    fits: Callable[[Any], bool]
+    wanted: str
+    default: Any = NEEDED
+
+    def or_none(self, default: Any = None) -> Check:
+        """The same check, which None passes as well."""
+        return Check(lambda value: value is None or self.fits(value), self.wanted, default)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _one(kind: type, words: str, default: Any = NEEDED) -> Check:
+    return Check(lambda value: isinstance(value, kind), words, default)
+
+
+TEXT, FLAG, COUNT = _one(str, "a text"), _one(bool, "true or false"), Check(_whole, "a whole number from 0 on")
+FROM_1 = Check(lambda value: _whole(value, 1), "a whole number from 1 on")
+FINITE = Check(lambda value: _real(value) and math.isfinite(value), "a number")
+POSITIVE = Check(lambda value: _real(value) and 0 < value < math.inf, "a number greater than 0")
+OR_NONE = Check(_real, "a number").or_none(NEEDED)
+
+# The parts of a history: field -> check. What has a default may be missing in a file of an earlier version.
+FRAME = {
+    "config": _one(dict, "an object"),
+    "total_steps": FROM_1,
+    "t_grace": COUNT,
+    "components": _one(list, "a list"),
+    "events": _one(list, "a list"),
+    "looks": _one(list, "a list").or_none(),
+    "logs": _one(list, "a list").or_none(),
+    "savings": _one(dict, "an object").or_none(),
+    "ended": Check(lambda value: value in ENDINGS, f"one of {', '.join(ENDINGS)}").or_none(),
+    "versions": _one(dict, "an object").or_none(),
+    "shares": _one(dict, "an object").or_none(),
+}
+COMPONENT = {
+    **dict.fromkeys(("name", "group", "projection", "monitor"), TEXT),
+    "numel": FROM_1,
+    "layer": COUNT.or_none(),
+    "tower": TEXT.or_none(),
+    "adapter": _one(bool, "true or false", False),
+    "tau": POSITIVE.or_none(),
+}
+EVENT = {"step": FROM_1, "value": OR_NONE, "tau": OR_NONE}
+LOG = {
+    "step": COUNT,
+    "frozen": COUNT,
+    "seconds": Check(lambda value: _real(value) and value >= 0, "a number from 0 on"),
+}
+LOOK = {
+    **dict.fromkeys(("step", "votes", "components", "rows"), COUNT),
+    **dict.fromkeys(("rise", "average_loss", "loss", "difference", "error"), OR_NONE.or_none()),
+    **dict.fromkeys(("since", "since_error"), OR_NONE.or_none(LEFT_OUT)),
+    "ended": FLAG,
+}
+# The options that readers calculate with.
+CONFIG = {
+    "alpha": Check(lambda value: _real(value) and 0 <= value < 1, "a number from 0 to below 1").or_none(LEFT_OUT),
+    "max_frozen_fraction": Check(lambda value: _real(value) and 0 < value <= 1, "a number above 0, up to 1").or_none(
+        LEFT_OUT
+    ),
+    **dict.fromkeys(("patience", "check_every"), FROM_1.or_none(LEFT_OUT)),
+    **dict.fromkeys(("delay_transfer", "freeze_prefix"), FLAG.or_none(LEFT_OUT)),
+    **dict.fromkeys(("reduction", "criterion"), TEXT.or_none(LEFT_OUT)),
+    "tau": Check(
+        lambda value: all(map(POSITIVE.fits, value.values() if isinstance(value, dict) else [value])),
+        "a number greater than 0 or an object of such numbers",
+    ).or_none(LEFT_OUT),
+}
+
+
+def _checked(data: Any, fields: Mapping[str, Check], where: str = "") -> dict[str, Any]:
+    """A copy of an object whose fields are what the table says; a missing one has its default."""
     item = _object(data, where)
-    count(item.get("step"), f"{where}.step", 1)
-    if _text(item.get("name"), f"{where}.name") not in names:
-        _fail(f"{where}.name", item.get("name"), "the name of a component")
-    for key in ("value", "tau"):
-        if key not in item:
-            raise ValueError(f"this GradES history is incomplete: {where} has no {key!r}.")
-        _number(item[key], f"{where}.{key}")
-    return item
-
-
-def _log(data: Any, where: str) -> dict[str, Any]:
-    item = _object(data, where)
-    count(item.get("step"), f"{where}.step")
-    count(item.get("frozen"), f"{where}.frozen")
-    if not _number(item.get("seconds"), f"{where}.seconds", none=-1) >= 0:
-        _fail(f"{where}.seconds", item.get("seconds"), "a number from 0 on")
-    return {key: math.nan if value is None else _number(value, f"{where}.{key}") for key, value in item.items()}
-
-
-def _look(data: Any, where: str) -> dict[str, Any]:
-    item = _object(data, where)
-    for key in ("step", "votes", "components", "rows"):
-        count(item.get(key), f"{where}.{key}")
-    item["rise"] = _number(item.get("rise"), f"{where}.rise")
-    for key in ("average_loss", "loss", "difference", "error", "since", "since_error"):  # None: not computed
-        if item.get(key) is not None:
-            item[key] = _number(item[key], f"{where}.{key}")
-    if not isinstance(item.get("ended"), bool):
-        _fail(f"{where}.ended", item.get("ended"), "true or false")
+    for name, check in fields.items():
+        if name not in item and check.default is NEEDED:
+            raise ValueError(f"this GradES history is incomplete: {visible(where) or 'it'} has no {name!r}.")
+        if name not in item and check.default is not LEFT_OUT:
+            item[name] = check.default
+        if name in item and not check.fits(item[name]):
+            _fail(f"{where}.{name}".lstrip("."), item[name], check.wanted)
     return item
 
 
 def _savings(data: Any) -> dict[str, float] | None:
     if data is None:
         return None
-    item = _object(data, "savings")
-    for key in {"steps", "full", "used", "planned", *item}:
-        if not math.isfinite(_number(item.get(key), f"savings.{key}")):
-            _fail(f"savings.{key}", item.get(key), "a number")
-    for key in ("full", "planned"):
-        if item[key] <= 0:
-            _fail(f"savings.{key}", item[key], "greater than 0")
-    return item
-
-
-def _shares(data: Any, names: set[str]) -> dict[str, float] | None:
-    if data is None:
-        return None
-    item = _object(data, "shares")
-    for name, share in item.items():
-        if name not in names or not _number(share, f"shares[{name!r}]", none=-1) >= 0:
-            _fail(f"shares[{name!r}]", share, "the share of a component")
-    return item
-
-
-def _at_least(least: float, most: float = math.inf) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and least <= v <= most
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-# The options that readers calculate with; None is always possible.
-_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "alpha": (_at_least(0, 1), "a number from 0 to 1"),
-    "max_frozen_fraction": (_at_least(0, 1), "a number from 0 to 1"),
-    "patience": (_whole, "a whole number from 1 on"),
-    "check_every": (_whole, "a whole number from 1 on"),
-    "delay_transfer": (lambda v: isinstance(v, bool), "true or false"),
-    "freeze_prefix": (lambda v: isinstance(v, bool), "true or false"),
-    "reduction": (lambda v: isinstance(v, str), "a text"),
-    "criterion": (lambda v: isinstance(v, str), "a text"),
-    "tau": (
-        lambda v: all(map(_at_least(0), v.values())) if isinstance(v, dict) else _at_least(0)(v),
-        "a number or an object of numbers",
-    ),
-}
-
-
-def _config(data: Any) -> dict[str, Any]:
-    item = _object(data, "config")
-    for name, (fits, wanted) in _OPTIONS.items():
-        if item.get(name) is not None and not fits(item[name]):
-            _fail(f"config.{name}", item[name], wanted)
-    return item
-
-
-def _number(value: Any, where: str, none: float = math.nan) -> Any:
-    """The number as it is; `none` stands for None."""
-    if value is None:
-        return none
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        _fail(where, value, "a number")
-    return value
-
-
-def _text(value: Any, where: str) -> str:
-    return value if isinstance(value, str) else _fail(where, value, "a text")
+    every = {"steps": FINITE, "full": POSITIVE, "used": FINITE, "planned": POSITIVE}
+    return _checked(data, {**dict.fromkeys(_object(data, "savings"), FINITE), **every}, "savings")
 
 
 def _list(value: Any, where: str) -> list[Any]:
@@ -377,12 +360,3 @@ def _fail(where: str, found: Any, wanted: str) -> NoReturn:
         shown = type(found).__name__
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     raise ValueError(f"this GradES history is damaged: {visible(where)} is {shown}, not {wanted}.")
-
-
-def first_difference(before: Sequence[Any], after: Sequence[Any], start: int = 0) -> int:
-    """The first position from `start` on at which `after` goes on differently."""
-    for place in range(start, min(len(before), len(after))):
-        old, new = before[place], after[place]
-        if old is not new and old != new:
-            return place
-    return min(len(before), len(after))
