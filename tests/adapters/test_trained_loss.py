@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -190,6 +190,7 @@ WITHOUT = [
     ({"eval_dataset": None}, r"Pass held_out= .*eval_dataset, or pass a tau"),
     ({"eval_dataset": []}, "no rows"),
     ({"eval_dataset": tokens(4).remove_columns("labels")}, "computes none for the first of them"),
+    ({"eval_dataset": TensorDataset(torch.ones(4, 3))}, "makes no batch of the held-out rows"),
 ]
 
 

@@ -75,7 +75,13 @@ def held_out_rows(
     loaders = [part if isinstance(part, DataLoader) else trainer.get_eval_dataloader(part) for part in parts]
     number = -(-config.look_rows // len(loaders))
 
-    found = Rows(loaders, number, loss, 1 if metric is not None else trainer.args.per_device_eval_batch_size)
+    try:
+        found = Rows(loaders, number, loss, 1 if metric is not None else trainer.args.per_device_eval_batch_size)
+    except (AttributeError, LookupError, TypeError) as error:  # as collators raise
+        raise ValueError(
+            f"The trainer's data_collator makes no batch of the held-out rows ({error}). Pass rows like those of "
+            "train_dataset, or a DataLoader with a collate_fn of its own, or a tau."
+        ) from error
     size = max(2, min(trainer.args.per_device_eval_batch_size, len(found) // FEWEST))
     if _compares_rows(trainer):
         found.unite(size)
