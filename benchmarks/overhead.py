@@ -121,7 +121,7 @@ class Hooks:
 
     Attributes:
         before: To call before the update.
-        look: The same at a step with a look at held-out rows.
+        look: The same at a step with a look at held-out rows; returns how often these pass through the model.
         after: To call at the end of the step.
         kept: Bytes that are kept from one step to the next.
         watched: The parameters that are monitored; empty for the peer's.
@@ -129,7 +129,7 @@ class Hooks:
     """
 
     before: Callable[[], Any] | None = None
-    look: Callable[[], None] | None = None
+    look: Callable[[], int] | None = None
     after: Callable[[], None] | None = None
     kept: Callable[[], int] = lambda: 0
     watched: Sequence[Tensor] = ()
@@ -146,11 +146,13 @@ def monitoring(
         more: dict[str, Any] = {} if way.tau else {"held_out": held_out(batch)}
         engine = GradES(model, config, total_steps=RUN, optimizer=optimizer, **more)
 
-        def look() -> None:
-            engine.t = RUN // 2  # one is due
+        def look() -> int:
+            engine.t = max(RUN // 2, int(1.4 * engine.t))  # one is due
+            before = len(engine.ending.looks)
             engine.step(epoch=1.0)
-            if not engine.ending.looks:
+            if len(engine.ending.looks) == before:
                 raise RuntimeError("no look at held-out rows was made where one was to be measured.")
+            return 1 + (engine.ending.looks[-1]["loss"] is not None)
 
         yield Hooks(
             # The first pass over the data, in which there are no looks.
@@ -234,8 +236,15 @@ def run(
         times.kept = hooks.kept()
         if hooks.look is not None:
             model(**batch).loss.backward()
-            seconds = common.seconds(hooks.look, device) - statistics.mean(times.hook)
-            times.look.append(seconds * ALL_ROWS / LOOK_ROWS)
+            hooks.look()  # the first one tries whether several rows may share a forward pass
+            passes = 0
+
+            def look() -> None:
+                nonlocal passes
+                passes = hooks.look()
+
+            seconds = common.seconds(look, device) - statistics.mean(times.hook)
+            times.look.append(seconds / passes * ALL_ROWS / LOOK_ROWS)
             optimizer.zero_grad()
 
 

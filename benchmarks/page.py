@@ -118,9 +118,9 @@ def looks(row: dict[str, Any]) -> str:
     number = 1 + int(math.log(1 / EARLIEST) / math.log(LATER))
     steps = row["look_steps"]["median"]
     return (
-        f"Without a tau, a look at {row['look_rows']} held-out rows (each a forward pass of its own, of a row as long "
-        f"as those that are trained on) takes as long as {steps:.0f} of these small steps, and twice that where the "
-        f"run does not learn any more. {number} looks are due in a run that goes on to its end, and at most {MOST} are "
+        f"Without a tau, a look at {row['look_rows']} held-out rows (eight in a forward pass, each as long as those "
+        f"that are trained on) takes as long as {steps:.0f} of these small steps, and twice that where the run does "
+        f"not learn any more. {number} looks are due in a run that goes on to its end, and at most {MOST} are "
         f"made: {number} take {percent(number * steps / 1_000)} of a run of 1,000 such steps and "
         f"{percent(number * steps / 10_000)} of one of 10,000.\n"
     )

@@ -6,7 +6,8 @@ a log is written every ten steps, as a trainer does it.
 
 What is told is CPU time: of forward, backward, `engine.step()` and the log; of the same without GradES together with
 a bare loop over the same tensors, `[gradient.abs().sum() for gradient in gradients]` or that of the difference of two
-gradients; and the difference of both. It is the mean of the last `MEASURED` steps before the step that the row names.
+gradients; and the difference of both. It is the median of the means of ten steps each, of the last `MEASURED` steps
+before the step that the row names.
 The steps before are not made but recorded, with values of the kind that they would have had. Not in it are looks, and
 the update of the average of the weights (at every 250th step of a run this long), both of which `benchmarks.overhead`
 measures.
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks import common
 from grades_hf import GradES, GradESConfig
 
-COMPONENTS = (10_000,)
+COMPONENTS = (100, 1_000, 10_000)
 STEPS = (100, 5_000, 50_000)
 MEASURED, SETTLING = 50, 5
 LOG_EVERY = 10
@@ -138,7 +140,8 @@ def measure(number: int, rule: str, statistic: str, kind: str, steps: Sequence[i
                 taken.append(bench.step())
                 if bench.engine.t % BARE_EVERY == 0:
                     without.append(bench.without())
-            step, bare = (1e3 * sum(times) / len(times) for times in (taken, without))
+            tens = [sum(taken[i : i + LOG_EVERY]) / LOG_EVERY for i in range(0, MEASURED, LOG_EVERY)]
+            step, bare = 1e3 * median(tens), 1e3 * median(without)
             yield {
                 "criterion": rule, "statistic": statistic, "gradients": kind, "components": number, "step": last,
                 "step_ms": step, "without_ms": bare, "beyond_ms": step - bare,
