@@ -190,9 +190,12 @@ class Ending(Extension):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"looks": self.looks, "level": self._run.criterion.level, "before": self._before}
+        together = getattr(self._rows, "together", None)
+        return {
+            "looks": self.looks, "level": self._run.criterion.level, "before": self._before, "together": together,
+        }  # fmt: skip
 
-    def check(self, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]], float, list[float]]:
+    def check(self, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]], float, list[float], bool | None]:
         looks, level = [dict(look) for look in state["looks"]], float(state["level"])
         for look in looks:
             numbers = [*(look[name] for name in _NUMBERS), *(look[name] or 0.0 for name in _COMPUTED_OR_NOT)]
@@ -203,10 +206,15 @@ class Ending(Extension):
         before = [float(loss) for loss in state["before"]]
         if not math.isfinite(level) or level <= 0:
             raise ValueError("the checkpoint's looks hold numbers that cannot be.")
-        return looks, level, before
+        together = state.get("together")  # not in older states
+        if together is not None and not isinstance(together, bool):
+            raise ValueError("the checkpoint's looks do not say whether held-out rows go together.")
+        return looks, level, before, together
 
-    def load(self, checked: tuple[list[dict[str, Any]], float, list[float]]) -> None:
-        self.looks, self._run.criterion.level, self._before = checked
+    def load(self, checked: tuple[list[dict[str, Any]], float, list[float], bool | None]) -> None:
+        self.looks, self._run.criterion.level, self._before, together = checked
+        if together is not None and isinstance(self._rows, Rows) and self._rows.size == 1:
+            self._rows.put_together(together)
         self._run.history.looks = list(self.looks)
 
     def _close(self) -> None:

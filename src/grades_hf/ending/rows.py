@@ -41,6 +41,7 @@ class Rows:
 
     Attributes:
         size: Of how many rows one loss is the mean.
+        together: Whether several rows pass through the model at once; None before it was tried.
 
     Raises:
         ValueError: there are no rows.
@@ -54,6 +55,7 @@ class Rows:
         at_once: int | None = None,
     ) -> None:
         self._loss, self.size = loss or model_loss, 1
+        self.together: bool | None = None
         self._parts = [_drawn(source, number) for source in sources]
         loaders = [source.batch_size for source in sources if isinstance(source, DataLoader) and source.batch_size]
         self._at_once = at_once or min(loaders, default=AT_ONCE)
@@ -66,11 +68,12 @@ class Rows:
     def unite(self, size: int) -> None:
         """The mean loss of `size` rows counts as one from now on; fewer are left out, if they are not the only ones."""
         self._batches = [(1, batch) for _, batch in self._collated(size, whole=True)]
-        self.size, self._at_once = size, 1
+        self.size, self.together = size, False
 
     def losses(self, model: nn.Module, ranks: Ranks) -> list[float]:
         """The loss of each row that falls to this rank."""
-        self._speed_up(model)
+        if self.together is None:
+            self.put_together(self._try(model))
         own = self._batches[ranks.rank :: ranks.number]
         # All ranks make as many passes: sharded parameters are gathered together, and some trainers gather figures.
         passes = -(-len(self._batches) // ranks.number)
@@ -81,21 +84,23 @@ class Rows:
         """The loss of the first row: to try whether it can be computed."""
         return float(self._of(model, *self._batches[0]).mean())
 
-    def _speed_up(self, model: nn.Module) -> None:
-        """Put several rows into a batch, if they say what each says alone."""
-        size, self._at_once = self._at_once, 1
-        if size == 1 or len(self) == 1:
-            return
-        batches = self._collated(size)
-        number, first = batches[0]
+    def put_together(self, together: bool) -> None:
+        """Whether several rows pass through the model at once from now on."""
+        self.together = together
+        if together:
+            self._batches = self._collated(self._at_once)
+
+    def _try(self, model: nn.Module) -> bool:
+        """Whether the rows of the first batch say what each says alone."""
+        number, first = self._collated(self._at_once)[0]
         together = self._of(model, number, first)
-        if len(together) == number > 1:
-            alone = torch.cat([self._of(model, *each) for each in self._batches[: min(number, TRIED)]])
-            # In low precision a sum depends on the size of the batch, but by much less than rows differ.
-            noise = 0.1 * alone.std() + 1e-5 * alone.abs()
-            if ((together[: len(alone)] - alone).abs() <= noise).all():
-                self._batches = batches
+        if number == 1 or len(together) < number:
+            return False
+        alone = torch.cat([self._of(model, *each) for each in self._batches[: min(number, TRIED)]])
         seed()
+        # In low precision a sum depends on the size of the batch, but by much less than rows differ.
+        noise = 0.1 * alone.std() + 1e-5 * alone.abs()
+        return bool(((together[: len(alone)] - alone).abs() <= noise).all())
 
     def _collated(self, size: int, *, whole: bool = False) -> list[tuple[int, Any]]:
         """Batches of `size` rows, with the number of their rows; `whole`: no smaller ones, if there are others."""
