@@ -46,6 +46,12 @@ def pytest_report_header() -> str:
     return f"grades_hf stand-ins: {standin.describe()}"
 
 
+def pytest_collection_finish() -> None:
+    """What the libraries have made while they were imported is not gone through at each garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
     """Every test starts from the same seeds, with one torch thread, and leaves no logger louder than it was."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import random
 import re
@@ -180,8 +181,7 @@ def check(engine: GradES, used: float, full: float, within: float = 1e-9) -> Non
     assert savings.planned == savings.full * STEPS / savings.steps
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "accumulation"), zip(MODELS, itertools.cycle([1, 2]), strict=False))
 def test_lengths_that_vary(name: str, accumulation: int) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()
@@ -211,9 +211,18 @@ def test_a_run_with_nothing_frozen_saves_nothing() -> None:
 CUT = {"tau": {r".*layers\.[01]\..*": 1e9, ".*": 1e-30}}
 
 
-@pytest.mark.parametrize("steps", [12, STEPS])  # before a second step is counted, and after
-@pytest.mark.parametrize("checkpointing", [None, False, True])
-@pytest.mark.parametrize("options", [{"freeze_prefix": True}, {"freeze_prefix": True, "merge_frozen_adapters": True}])
+MERGED = {"freeze_prefix": True, "merge_frozen_adapters": True}
+
+
+# 12 steps: before a second step is counted.
+@pytest.mark.parametrize(
+    ("options", "checkpointing", "steps"),
+    [
+        *itertools.product([{"freeze_prefix": True}, MERGED], [None, False, True], [STEPS]),
+        ({"freeze_prefix": True}, False, 12),
+        (MERGED, True, 12),
+    ],
+)
 def test_the_cut_below_the_lowest_live_block(options: dict[str, bool], checkpointing: bool | None, steps: int) -> None:
     model = lora(llama(4)) if len(options) > 1 else llama(4)
     if checkpointing is not None:
