@@ -181,7 +181,7 @@ def check(engine: GradES, used: float, full: float, within: float = 1e-9) -> Non
     assert savings.planned == savings.full * STEPS / savings.steps
 
 
-@pytest.mark.parametrize(("name", "accumulation"), zip(MODELS, itertools.cycle([1, 2]), strict=False))
+@pytest.mark.parametrize(("name", "accumulation"), list(zip(MODELS, itertools.cycle([1, 2]), strict=False)))
 def test_lengths_that_vary(name: str, accumulation: int) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()
@@ -209,8 +209,6 @@ def test_a_run_with_nothing_frozen_saves_nothing() -> None:
 
 
 CUT = {"tau": {r".*layers\.[01]\..*": 1e9, ".*": 1e-30}}
-
-
 MERGED = {"freeze_prefix": True, "merge_frozen_adapters": True}
 
 
