@@ -235,17 +235,17 @@ def run(
                 times.step.append(time.perf_counter() - start)
         times.kept = hooks.kept()
         if hooks.look is not None:
-            model(**batch).loss.backward()
-            hooks.look()  # the first one tries whether several rows may share a forward pass
             passes = 0
 
             def look() -> None:
                 nonlocal passes
                 passes = hooks.look()
 
-            seconds = common.seconds(look, device) - statistics.mean(times.hook)
+            for _ in range(2):  # the first one tries whether several rows may share a forward pass
+                model(**batch).loss.backward()
+                seconds = common.seconds(look, device) - statistics.mean(times.hook)
+                optimizer.zero_grad()
             times.look.append(seconds / passes * ALL_ROWS / LOOK_ROWS)
-            optimizer.zero_grad()
 
 
 def _call(function: Callable[[], None], device: str | None) -> float:
