@@ -7,8 +7,8 @@ a log is written every ten steps, as a trainer does it.
 What is told is CPU time: of forward, backward, `engine.step()` and the log; of the same without GradES together with
 a bare loop over the same tensors, `[gradient.abs().sum() for gradient in gradients]` or that of the difference of two
 gradients; and the difference of both. It is the median of the means of ten steps each, of the last `MEASURED` steps
-before the step that the row names.
-The steps before are not made but recorded, with values of the kind that they would have had. Not in it are looks, and
+before the step that the row names. Python's garbage collector is off meanwhile, as in `timeit`: it goes through all
+that the process has imported, now in the one and now in the other. The steps before are not made but recorded, with values of the kind that they would have had. Not in it are looks, and
 the update of the average of the weights (at every 250th step of a run this long), both of which `benchmarks.overhead`
 measures.
 """
@@ -16,6 +16,7 @@ measures.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import tempfile
 import time
@@ -136,10 +137,14 @@ def measure(number: int, rule: str, statistic: str, kind: str, steps: Sequence[i
             while bench.engine.t < last - MEASURED:
                 bench.step()
             taken, without = [], []
-            while bench.engine.t < last:
-                taken.append(bench.step())
-                if bench.engine.t % BARE_EVERY == 0:
-                    without.append(bench.without())
+            gc.disable()
+            try:
+                while bench.engine.t < last:
+                    taken.append(bench.step())
+                    if bench.engine.t % BARE_EVERY == 0:
+                        without.append(bench.without())
+            finally:
+                gc.enable()
             tens = [sum(taken[i : i + LOG_EVERY]) / LOG_EVERY for i in range(0, MEASURED, LOG_EVERY)]
             step, bare = 1e3 * median(tens), 1e3 * median(without)
             yield {
