@@ -8,9 +8,9 @@ What is told is CPU time: of forward, backward, `engine.step()` and the log; of 
 a bare loop over the same tensors, `[gradient.abs().sum() for gradient in gradients]` or that of the difference of two
 gradients; and the difference of both. It is the median of the means of ten steps each, of the last `MEASURED` steps
 before the step that the row names. Python's garbage collector is off meanwhile, as in `timeit`: it goes through all
-that the process has imported, now in the one and now in the other. The steps before are not made but recorded, with values of the kind that they would have had. Not in it are looks, and
-the update of the average of the weights (at every 250th step of a run this long), both of which `benchmarks.overhead`
-measures.
+that the process has imported, now in the one and now in the other. The steps before are not made but recorded, with
+values of the kind that they would have had. Not in it are looks, and the update of the average of the weights (at every
+250th step of a run this long), both of which `benchmarks.overhead` measures.
 """
 
 from __future__ import annotations
