@@ -9,7 +9,7 @@ k-th step, over k steps, so that its update is in it as in a run of RUN steps. I
 apart: what one costs in steps, measured on a few rows of the length of those that are trained on.
 
 With `--against COMMIT` each round is also made with that version of grades_hf, in a process of its own; before and
-after ours by turns.
+after ours by turns. Its times are divided by the same bare step, since the first steps of a process are slower.
 
 The memory-bandwidth limit is the time in which all watched gradients and those of the step before are read once, by
 `sum()`, in the same steps.
@@ -330,7 +330,7 @@ def measure(options: argparse.Namespace, *, lora: bool, earlier: Path | None = N
     looks = [statistics.mean(times[DEFAULT].look) for times in rounds]
     results[DEFAULT] |= {"look_steps": common.ratio(looks, bare), "look_rows": ALL_ROWS, "run_steps": RUN}
     for name in before[0] if before else ():
-        results[name]["earlier_hook_share"] = common.spread([shares[name] for shares in before])
+        results[name]["earlier_hook_share"] = common.ratio([seconds[name] for seconds in before], bare)
     own = [times["gradient_change"] for times in rounds]
     limits = [statistics.mean(t.limit) for t in own]
     results["gradient_change"]["over_bandwidth_limit"] = common.ratio([statistics.mean(t.hook) for t in own], limits)

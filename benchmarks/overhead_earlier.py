@@ -41,7 +41,7 @@ def check_out(commit: str, folder: Path) -> str:
 
 
 def one_round(folder: Path, options: argparse.Namespace, *, lora: bool) -> dict[str, Any]:
-    """One round with the version in `folder`: statistic -> the part of a bare step that it takes."""
+    """One round with the version in `folder`: statistic -> seconds of a step that it takes."""
     names = ("device", "shape", "dtype", "batch", "length", "rank", "threads")
     words = [(f"--{name}", str(value)) for name in names if (value := getattr(options, name)) is not None]
     command = [sys.executable, "-m", "benchmarks.overhead_earlier", *(word for pair in words for word in pair)]
@@ -57,8 +57,8 @@ def one_round(folder: Path, options: argparse.Namespace, *, lora: bool) -> dict[
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     if not Path(found["package"]).is_relative_to(folder):
         raise RuntimeError(f"--against: the process took {found['package']} for the earlier version, not {folder}.")
-    shares: dict[str, Any] = found["hook_share"]
-    return shares
+    seconds: dict[str, Any] = found["hook_seconds"]
+    return seconds
 
 
 def main() -> None:
@@ -76,9 +76,8 @@ def main() -> None:
     every = {"bare": overhead.Way(warmup=1)}
     every |= {name: overhead.Way({"monitor": name, **more}) for name in STATISTICS}
     times = overhead.one_round(every, *overhead.setting(options, lora=options.lora), options.device)
-    bare = statistics.median(times["bare"].step)
-    shares = {name: statistics.mean(times[name].hook) / bare for name in STATISTICS}
-    sys.stdout.write("\n" + json.dumps({"package": grades_hf.__file__, "hook_share": shares}) + "\n")
+    seconds = {name: statistics.mean(times[name].hook) for name in STATISTICS}
+    sys.stdout.write("\n" + json.dumps({"package": grades_hf.__file__, "hook_seconds": seconds}) + "\n")
 
 
 if __name__ == "__main__":

@@ -115,15 +115,24 @@ def overhead() -> str:
 
 def looks(row: dict[str, Any]) -> str:
     """What looks cost, in a sentence; how many there are is reckoned with the rule's own numbers."""
-    number = 1 + int(math.log(1 / EARLIEST) / math.log(LATER))
-    steps = row["look_steps"]["median"]
+    number, steps = looks_due(), row["look_steps"]["median"]
     return (
         f"Without a tau, a look at {row['look_rows']} held-out rows (eight in a forward pass, each as long as those "
         f"that are trained on) takes as long as {steps:.0f} of these small steps, and twice that where the run does "
         f"not learn any more. {number} looks are due in a run that goes on to its end, and at most {MOST} are "
-        f"made: {number} take {percent(number * steps / 1_000)} of a run of 1,000 such steps and "
-        f"{percent(number * steps / 10_000)} of one of 10,000.\n"
+        f"made: {number} take {percent(looks_share(row, 1_000))} of a run of 1,000 such steps and "
+        f"{percent(looks_share(row, 10_000))} of one of 10,000.\n"
     )
+
+
+def looks_due() -> int:
+    """How many looks a run has that goes on to its end, with no proposal of the gradients."""
+    return 1 + int(math.log(1 / EARLIEST) / math.log(LATER))
+
+
+def looks_share(row: dict[str, Any], run: int) -> float:
+    """The part of a run of so many steps that those looks take."""
+    return float(looks_due() * row["look_steps"]["median"] / run)
 
 
 def versions(results: dict[str, Any], commit: str) -> str:
@@ -152,7 +161,8 @@ def versions(results: dict[str, Any], commit: str) -> str:
         [
             "### Version 0.1, this one and the peer\n",
             takeaway,
-            "Part of a bare step of the same process, in rounds by turns. The peer thresholds `weight_change` only.\n",
+            "Part of the same bare step, in rounds by turns, version 0.1 in a process of its own. The peer thresholds "
+            "`weight_change` only.\n",
             table(["training", "statistic", "version 0.1", "this version", "peer"], lines, left=2),
         ]
     )
@@ -214,10 +224,10 @@ def steps(found: dict[str, Any]) -> list[str]:
     most = max(row["components"] for row in figures)
     beyond = max(row["beyond_ms"] for row in figures if row["components"] == most)
     growth = [group[at[-1]]["step_ms"] / group[at[0]]["step_ms"] for key, group in groups.items() if key[0] == most]
+    more = f"at most {beyond:.1f} ms more CPU time" if beyond > 0 else f"at least {-beyond:.1f} ms less CPU time"
     takeaway = (
-        f"With {most:,} components a step takes at most {max(0.0, beyond):.1f} ms of CPU time more than a bare loop "
-        f"over the same tensors, and at step {at[-1]:,} {min(growth):.2f} to {max(growth):.2f} times as much as at "
-        f"step {at[0]:,}.\n"
+        f"With {most:,} components a step takes {more} than a bare loop over the same tensors. At step {at[-1]:,} it "
+        f"takes {min(growth):.2f} to {max(growth):.2f} times as much as at step {at[0]:,}.\n"
     )
     header = ["components", "criterion", "gradients", *(f"step {step:,}" for step in at), "bare", "more"]
     return [
@@ -314,11 +324,11 @@ def sampling_error() -> str:
 
 def figures() -> dict[str, str]:
     """The measured figures of the method card, by key."""
-    watching, cost = load("overhead")["results"]["lora"], load("step_cost")["results"]
+    watching, cost = load("overhead")["results"], load("step_cost")["results"]
     top = "all but the top block, cut"
     return {
-        "lora_overhead": percent(watching["gradient_norm"]["hook_share"]["median"]),
-        "lora_overhead_10": percent(watching["gradient_norm, check_every=10"]["hook_share"]["median"]),
+        **{f"default_{mode}": percent(rows["default"]["hook_share"]["median"]) for mode, rows in watching.items()},
+        **{f"looks_{mode}": percent(looks_share(rows["default"], 10_000)) for mode, rows in watching.items()},
         "top_block": ratio(cost["full, checkpointing none"][top]["flops_ratio"]),
         "top_block_checkpointing": ratio(cost["full, checkpointing non-reentrant"][top]["flops_ratio"]),
         "forward": ratio(cost["full, checkpointing none"]["forward pass alone"]["flops_ratio"]),

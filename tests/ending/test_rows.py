@@ -90,6 +90,17 @@ def test_rows_of_a_batch_are_told_apart(kind: str) -> None:
     assert len(held) == len(rows)
 
 
+def test_a_row_without_labels_keeps_no_others_apart() -> None:
+    model, rows = make("causal"), texts()
+    rows[1]["labels"] = [-100] * len(rows[1]["labels"])
+    loader: Any = DataLoader(rows, batch_size=8, collate_fn=padded)  # type: ignore[arg-type]
+    held = Rows([loader], 128)
+    with torch.no_grad():
+        losses = held.losses(model, Ranks(model))
+    assert held.together
+    assert [i for i, loss in enumerate(losses) if loss != loss] == [1]
+
+
 class Reduced(nn.Module):
     """Computes the loss of a batch as trainers do that reduce it themselves."""
 

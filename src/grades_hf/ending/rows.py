@@ -73,7 +73,10 @@ class Rows:
     def losses(self, model: nn.Module, ranks: Ranks) -> list[float]:
         """The loss of each row that falls to this rank."""
         if self.together is None:
-            self.put_together(self._try(model))
+            together = self._try(model)
+            if ranks.number > 1:  # all ranks make as many passes
+                together = all(ranks.gather([float(together)]))
+            self.put_together(together)
         own = self._batches[ranks.rank :: ranks.number]
         # All ranks make as many passes: sharded parameters are gathered together, and some trainers gather figures.
         passes = -(-len(self._batches) // ranks.number)
@@ -93,14 +96,14 @@ class Rows:
     def _try(self, model: nn.Module) -> bool:
         """Whether the rows of the first batch say what each says alone."""
         number, first = self._collated(self._at_once)[0]
-        together = self._of(model, number, first)
-        if number == 1 or len(together) < number:
+        if number == 1 or len(together := self._of(model, number, first)) < number:
             return False
         alone = torch.cat([self._of(model, *each) for each in self._batches[: min(number, TRIED)]])
+        together = together[: len(alone)]
         seed()
         # In low precision a sum depends on the size of the batch, but by much less than rows differ.
-        noise = 0.1 * alone.std() + 1e-5 * alone.abs()
-        return bool(((together[: len(alone)] - alone).abs() <= noise).all())
+        noise = 0.1 * alone[alone.isfinite()].std() + 1e-5 * alone.abs()
+        return bool((((together - alone).abs() <= noise) | (together.isnan() & alone.isnan())).all())
 
     def _collated(self, size: int, *, whole: bool = False) -> list[tuple[int, Any]]:
         """Batches of `size` rows, with the number of their rows; `whole`: no smaller ones, if there are others."""
