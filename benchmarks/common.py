@@ -1,4 +1,4 @@
-"""What the benchmark commands share: models of real shapes with random weights, interleaved timing, JSON results."""
+"""What the benchmark commands share: models of real shapes with random weights, timing, JSON results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -168,24 +168,6 @@ def seconds(function: Callable[[], Any], device: str | torch.device = "cpu") -> 
     function()
     synchronize(device)
     return time.perf_counter() - start
-
-
-def interleaved(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, *, device: str | torch.device = "cpu", warmup: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of every function in each round, measured side by side: a round calls each once.
-
-    Every second round goes backwards, so that a machine that gets slower or faster favours none. `warmup` rounds
-    before are not counted.
-    """
-    results: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(-warmup, rounds):
-        order = list(functions.items())
-        for name, function in order if number % 2 == 0 else reversed(order):
-            taken = seconds(function, device)
-            if number >= 0:
-                results[name].append(taken)
-    return results
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:
