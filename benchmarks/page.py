@@ -155,8 +155,8 @@ def versions(results: dict[str, Any], commit: str) -> str:
             )
             if row["hook_share"]["median"] > row["earlier_hook_share"]["median"]:
                 slower.append(f"`{name}` ({TITLES[mode]})")
-    worse = f"all but {', '.join(slower)}" if slower else "each"
-    takeaway = f"Of {count} figures, {worse} is no larger than that of version 0.1 at commit {commit}.\n"
+    worse = f"these are larger than in version 0.1: {', '.join(slower)}" if slower else "none is larger than before"
+    takeaway = f"Of {count} figures {worse}. Version 0.1 is commit {commit}.\n"
     return "\n".join(
         [
             "### Version 0.1, this one and the peer\n",
