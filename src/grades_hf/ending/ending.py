@@ -78,6 +78,7 @@ class Ending(Extension):
         self.looks: list[dict[str, Any]] = []
         self.share = 0.0
         self._before: list[float] = []  # losses of the rows with the average of the last look
+        self._together: bool | None = None  # what the rows say of it; None before the first look
 
     def attach(self, run: Run, undo: ExitStack) -> None:
         if self._held_out is None:
@@ -138,6 +139,7 @@ class Ending(Extension):
                 now = self._losses()
             if not self.looks:
                 _tell_left_out(now)
+            self._together = getattr(self._rows, "together", None)
             since, since_error = _paired(now, self._before)
             learns = since is None or since + MARGIN * since_error < 0
             present = [] if learns else self._losses()
@@ -190,10 +192,8 @@ class Ending(Extension):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        together = getattr(self._rows, "together", None)
-        return {
-            "looks": self.looks, "level": self._run.criterion.level, "before": self._before, "together": together,
-        }  # fmt: skip
+        level = self._run.criterion.level
+        return {"looks": self.looks, "level": level, "before": self._before, "together": self._together}
 
     def check(self, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]], float, list[float], bool | None]:
         looks, level = [dict(look) for look in state["looks"]], float(state["level"])
@@ -212,9 +212,9 @@ class Ending(Extension):
         return looks, level, before, together
 
     def load(self, checked: tuple[list[dict[str, Any]], float, list[float], bool | None]) -> None:
-        self.looks, self._run.criterion.level, self._before, together = checked
-        if together is not None and isinstance(self._rows, Rows) and self._rows.size == 1:
-            self._rows.put_together(together)
+        self.looks, self._run.criterion.level, self._before, self._together = checked
+        if self._together is not None and isinstance(self._rows, Rows) and self._rows.size == 1:
+            self._rows.put_together(self._together)
         self._run.history.looks = list(self.looks)
 
     def _close(self) -> None:
