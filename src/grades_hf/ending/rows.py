@@ -169,9 +169,9 @@ class ByRow(TorchFunctionMode):
         if func in _MEANS + _SUMS and result.dim() == 0 and args[0].shape[:1] == (self._number,):
             rows = args[0].reshape(self._number, -1)
             if func in _MEANS:
-                self._means.append((result, rows.mean(1)))
+                self._means.append((result.clone(), rows.mean(1)))  # something may be added to the result in place
             else:
-                self._sums.append((result, rows.sum(1)))
+                self._sums.append((result.clone(), rows.sum(1)))
         return result
 
     def _element_by_element(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -185,7 +185,7 @@ class ByRow(TorchFunctionMode):
         if func is F.cross_entropy:
             counts = (args[1] != kwargs["ignore_index"]).reshape(self._number, -1).to(each)
         mean = each.sum() / counts.sum()
-        self._means.append((mean, each.sum(1) / counts.sum(1)))  # an ignored element is 0
+        self._means.append((mean.clone(), each.sum(1) / counts.sum(1)))  # an ignored element is 0
         return mean
 
 
