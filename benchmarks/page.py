@@ -161,7 +161,7 @@ def versions(results: dict[str, Any], commit: str) -> str:
         [
             "### Version 0.1, this one and the peer\n",
             takeaway,
-            "Part of the same bare step, in rounds by turns, version 0.1 in a process of its own. The peer thresholds "
+            "Part of the same bare step, in rounds by turns, version 0.1 in a new process for each. The peer thresholds "
             "`weight_change` only.\n",
             table(["training", "statistic", "version 0.1", "this version", "peer"], lines, left=2),
         ]
