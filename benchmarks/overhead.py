@@ -8,8 +8,8 @@ with each way of monitoring, in alternating order, on the same model. The time o
 k-th step, over k steps, so that its update is in it as in a run of RUN steps. Its looks at held-out rows are told
 apart: what one costs in steps, measured on a few rows of the length of those that are trained on.
 
-With `--against COMMIT` each round is also made with that version of grades_hf, in a process of its own; before and
-after ours by turns. Its times are divided by the same bare step, since the first steps of a process are slower.
+With `--against COMMIT` each round is also made with that version of grades_hf and with this one, each in a new process,
+by turns. Their times are divided by the same bare step, since the first steps of a process are slower.
 
 The memory-bandwidth limit is the time in which all watched gradients and those of the step before are read once, by
 `sum()`, in the same steps.
@@ -305,14 +305,14 @@ def measure(options: argparse.Namespace, *, lora: bool, earlier: Path | None = N
     size = sum(parameter.nbytes for parameter in model.parameters())
     everything = ways(options, lora=lora)
     rounds: list[dict[str, Times]] = []
-    before: list[dict[str, float]] = []
+    apart: dict[str, list[dict[str, float]]] = {"earlier": [], "now": []}  # each version in new processes
+    sources = {"earlier": earlier, "now": common.PROJECT}
     for number in range(options.rounds):
         backwards = number % 2 == 1
-        if earlier is not None and backwards:
-            before.append(overhead_earlier.one_round(earlier, options, lora=lora))
+        for version in reversed(sources) if backwards else sources:
+            if earlier is not None:
+                apart[version].append(overhead_earlier.one_round(sources[version], options, lora=lora))
         rounds.append(one_round(everything, model, optimizer, batch, options.device, backwards=backwards))
-        if earlier is not None and not backwards:
-            before.append(overhead_earlier.one_round(earlier, options, lora=lora))
 
     bare = [statistics.median(times["bare"].step) for times in rounds]
     results: dict[str, Any] = {"bare": {"seconds": common.spread(bare)}}
@@ -329,8 +329,9 @@ def measure(options: argparse.Namespace, *, lora: bool, earlier: Path | None = N
         }
     looks = [statistics.mean(times[DEFAULT].look) for times in rounds]
     results[DEFAULT] |= {"look_steps": common.ratio(looks, bare), "look_rows": ALL_ROWS, "run_steps": RUN}
-    for name in before[0] if before else ():
-        results[name]["earlier_hook_share"] = common.ratio([seconds[name] for seconds in before], bare)
+    for version, found in apart.items():
+        for name in found[0] if found else ():
+            results[name][f"{version}_hook_share"] = common.ratio([seconds[name] for seconds in found], bare)
     own = [times["gradient_change"] for times in rounds]
     limits = [statistics.mean(t.limit) for t in own]
     results["gradient_change"]["over_bandwidth_limit"] = common.ratio([statistics.mean(t.hook) for t in own], limits)

@@ -149,11 +149,11 @@ def versions(results: dict[str, Any], commit: str) -> str:
                     TITLES[mode],
                     f"`{name}`",
                     spread(row["earlier_hook_share"], percent),
-                    spread(row["hook_share"], percent),
+                    spread(row["now_hook_share"], percent),
                     "" if peer is None else spread(peer["hook_share"], percent),
                 ]
             )
-            if row["hook_share"]["median"] > row["earlier_hook_share"]["median"]:
+            if row["now_hook_share"]["median"] > row["earlier_hook_share"]["max"]:
                 slower.append(f"`{name}` ({TITLES[mode]})")
     worse = f"these are larger than in version 0.1: {', '.join(slower)}" if slower else "none is larger than before"
     takeaway = f"Of {count} figures {worse}. Version 0.1 is commit {commit}.\n"
@@ -161,8 +161,8 @@ def versions(results: dict[str, Any], commit: str) -> str:
         [
             "### Version 0.1, this one and the peer\n",
             takeaway,
-            "Part of the same bare step, in rounds by turns, version 0.1 in a new process for each. The peer thresholds "
-            "`weight_change` only.\n",
+            "Part of the same bare step, in rounds by turns, each version in new processes. Larger: the median is above "
+            "all that version 0.1 took. The peer thresholds `weight_change` only.\n",
             table(["training", "statistic", "version 0.1", "this version", "peer"], lines, left=2),
         ]
     )
