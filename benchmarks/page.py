@@ -161,8 +161,8 @@ def versions(results: dict[str, Any], commit: str) -> str:
         [
             "### Version 0.1, this one and the peer\n",
             takeaway,
-            "Part of the same bare step, in rounds by turns, each version in new processes. Larger: the median is above "
-            "all that version 0.1 took. The peer thresholds `weight_change` only.\n",
+            "Part of the same bare step, in rounds by turns, each version in new processes. Larger: the median is "
+            "above all that version 0.1 took. The peer thresholds `weight_change` only.\n",
             table(["training", "statistic", "version 0.1", "this version", "peer"], lines, left=2),
         ]
     )
