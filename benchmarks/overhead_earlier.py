@@ -1,4 +1,4 @@
-"""Rounds of `python -m benchmarks.overhead` with an earlier version of grades_hf, each in a process of its own.
+"""Rounds of `python -m benchmarks.overhead` with one version of grades_hf, this or an earlier one, in new processes.
 
 The benchmark is that of today, so that both versions are asked the same; of the earlier one only `src/` is used.
 """
@@ -56,16 +56,16 @@ def one_round(folder: Path, options: argparse.Namespace, *, lora: bool) -> dict[
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     if not Path(found["package"]).is_relative_to(folder):
-        raise RuntimeError(f"--against: the process took {found['package']} for the earlier version, not {folder}.")
+        raise RuntimeError(f"--against: the process took {found['package']}, not the version in {folder}.")
     seconds: dict[str, Any] = found["hook_seconds"]
     return seconds
 
 
 def main() -> None:
-    """In the process of the earlier version: one round, whose figures are the last line."""
+    """In the new process: one round, whose figures are the last line."""
     import grades_hf
 
-    parser = common.parser("One round with another version of grades_hf.", rounds=None)
+    parser = common.parser("One round with one version of grades_hf.", rounds=None)
     parser.add_argument("--lora", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

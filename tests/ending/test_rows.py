@@ -101,12 +101,16 @@ def test_a_row_without_labels_keeps_no_others_apart() -> None:
     assert [i for i, loss in enumerate(losses) if loss != loss] == [1]
 
 
-class Reduced(nn.Module):
-    """Computes the loss of a batch as trainers do that reduce it themselves."""
+class Computed(nn.Module):
+    """Computes the loss of a batch in the way that `kind` says."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.inner, self.kind = make("causal"), kind
+
+
+class Reduced(Computed):
+    """As trainers do that reduce it themselves."""
 
     def forward(self, **batch: Any) -> Any:
         output = self.inner(**batch)
@@ -138,12 +142,8 @@ def test_rows_of_a_loss_that_the_trainer_reduces_are_told_apart(kind: str) -> No
     assert counted.passes == 3
 
 
-class Smoothed(nn.Module):
-    """Adds something to the loss of a batch, or makes it that of another thing than the rows' mean."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.inner, self.kind = make("causal"), kind
+class Smoothed(Computed):
+    """Adds something to it, or makes it that of another thing than the rows' mean."""
 
     def forward(self, **batch: Any) -> Any:
         output = self.inner(**batch)
