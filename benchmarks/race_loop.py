@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from benchmarks.race_tasks import SETTINGS, Places, Rows, Setting, losses, make, number_of
+from benchmarks.race_tasks import SETTINGS, Places, Rows, Setting, losses, make, number_of, take
+from grades_hf import ending
+from grades_hf.parallel.ranks import Ranks
 
 FORWARD = 1 / 3  # what a forward pass costs of a training step with as many rows
 CALIBRATION = 9  # the seed of the runs that thresholds are chosen on
@@ -36,19 +38,23 @@ class Job:
         return {"setting": self.setting, "seed": self.seed, "kind": kind}
 
 
-class HeldRows:
-    """The held-out rows as a function from the model to their losses; it counts how often they are asked for."""
+class HeldRows(ending.Rows):
+    """The held-out rows of the library's looks, many in a forward pass; it counts how many pass through the model."""
 
     def __init__(self, rows: Rows) -> None:
-        self.rows, self.passes = rows, 0
+        super().__init__([range(number_of(rows))], number_of(rows))
+        self.rows, self.passed = rows, 0
+        self.put_together(True)
 
-    def __call__(self, model: nn.Module) -> Tensor:
-        self.passes += 1
-        return losses(model, self.rows)[0]
+    def losses(self, model: nn.Module, ranks: Ranks, part: ending.Batches) -> list[float]:
+        chosen = torch.cat([batch for _, batch in part])
+        self.passed += len(chosen)
+        found: list[float] = losses(model, take(self.rows, chosen))[0].tolist()
+        return found
 
     def cost(self, batch: int) -> float:
         """Of all passes so far, in training steps."""
-        return self.passes * number_of(self.rows) * FORWARD / batch
+        return self.passed * FORWARD / batch
 
 
 class Loop:

@@ -14,7 +14,7 @@ from ..contracts import Extension, Run, Step
 from ..criteria import Rise
 from .average import Average
 from .look import seed, unseen
-from .rows import HeldOut, Rows
+from .rows import Function, HeldOut, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,14 @@ class Ending(Extension):
     twelve looks.
 
     **Look.** For at most `look_rows` held-out rows, the same ones each time, the loss of each row is computed with the
-    moving average of the weights. The first look only notes these losses. Where the average has become better since
-    the last look by three standard errors of the paired difference, the run still learns and goes on. Else the losses
-    are computed with the weights as they are, too. The run ends if these are worse than those of the average by three
-    standard errors, and worse than those of the last look's average in the mean. Otherwise it goes on, to the bit as if
-    nobody had looked.
+    moving average of the weights. Where the average has become better since the last look by three standard errors of
+    the paired difference, the run still learns and goes on. Else the losses are computed with the weights as they are,
+    too. The run ends if these are worse than those of the average by three standard errors, and worse than those of the
+    last look's average in the mean. Otherwise it goes on, to the bit as if nobody had looked.
+
+    A look begins with a quarter of the rows. The first look is over then: it only notes the losses. So is one whose
+    quarter says that the run still learns, or that the weights are no worse in the mean. Only the other looks take the
+    rest of the rows, and only they can end the run.
 
     **Return.** The model holds the average as soon as the run has ended (`return_weights="last"`: what it held), and
     the update of that step does not touch it any more.
@@ -79,14 +82,16 @@ class Ending(Extension):
         self.share = 0.0
         self._before: list[float] = []  # losses of the rows with the average of the last look
         self._together: bool | None = None  # what the rows say of it; None before the first look
+        self._told = False  # that rows are left out
 
     def attach(self, run: Run, undo: ExitStack) -> None:
         if self._held_out is None:
             raise ValueError(NO_ROWS)
         self._run: Any = run
         self._rows: Any = self._held_out
-        function = callable(self._held_out) and not hasattr(self._held_out, "__getitem__")
-        if not function and not isinstance(self._held_out, Rows):
+        if callable(self._held_out) and not hasattr(self._held_out, "__getitem__"):
+            self._rows = Function(self._held_out)
+        elif not isinstance(self._held_out, Rows):
             self._rows = Rows([self._held_out], run.config.look_rows)
         if isinstance(self._rows, Rows) and len(self._rows) < 2:
             raise ValueError(
@@ -134,17 +139,27 @@ class Ending(Extension):
         run.end(self.conclude())
 
     def _look(self, average: Average) -> dict[str, Any]:
-        with unseen(self._run.model), self._run.extension("meter").look():
-            with average.installed():
-                now = self._losses()
-            if not self.looks:
-                _tell_left_out(now)
-            self._together = getattr(self._rows, "together", None)
-            since, since_error = _paired(now, self._before)
-            learns = since is None or since + MARGIN * since_error < 0
-            present = [] if learns else self._losses()
+        run, before = self._run, self._before
+        now: list[float] = []
+        present: list[float] = []
+        with unseen(run.model), run.extension("meter").look():
+            parts = self._rows.parts(run.model, run.ranks)
+            self._together = self._rows.together
+            for part in parts:
+                with average.installed():
+                    now += self._losses(part)
+                since, since_error = _paired(now, before)
+                if since is None or since + MARGIN * since_error < 0:
+                    ended, present = False, []
+                    break
+                present += self._losses(part)
+                (difference, error), (worse, _) = _paired(now, present), _paired(present, before)
+                margin = MARGIN if part is parts[-1] else 0.0
+                ended = difference is not None and difference + margin * error < 0 and worse is not None and worse > 0
+                if not ended:
+                    break
+        self._tell_left_out(now)
         difference, error = _paired(now, present)
-        ended = difference is not None and difference + MARGIN * error < 0 and _mean(self._before) < _mean(present)
         self._before = now
         return {
             "rows": len(_finite(now)),
@@ -157,20 +172,27 @@ class Ending(Extension):
             "ended": ended,
         }
 
-    def _losses(self) -> list[float]:
+    def _losses(self, part: Any) -> list[float]:
         run = self._run
         seed()  # the same random numbers for both
-        if isinstance(self._rows, Rows):
-            own = self._rows.losses(run.model, run.ranks)
-        else:
-            own = torch.as_tensor(self._rows(run.model)).detach().double().flatten().tolist()
-        losses: list[float] = run.ranks.gather(own)
+        losses: list[float] = run.ranks.gather(self._rows.losses(run.model, run.ranks, part))
         if len(losses) < 2:
             raise ValueError(
                 f"held_out gives {len(losses)} loss(es), and a look needs at least two rows. Pass more held-out rows; "
                 "a function must return the loss of each row, a tensor of shape (rows,)."
             )
         return losses
+
+    def _tell_left_out(self, losses: list[float]) -> None:
+        finite = len(_finite(losses))
+        if finite < len(losses) and not self._told:
+            self._told = True
+            what = "They are left out of every look" if finite > 1 else "So no look can end this run"
+            logger.warning(
+                "GradES: %d of %d held-out rows have no finite loss. A row has none where all of its labels are "
+                "masked: perhaps max_length cut the completion off. %s.",
+                *(len(losses) - finite, len(losses), what),
+            )
 
     def conclude(self) -> str:
         """What came of it, in one line."""
@@ -223,10 +245,11 @@ class Ending(Extension):
 
 
 def _paired(a: list[float], b: list[float]) -> tuple[float | None, float]:
-    """Mean of a - b over the rows that have both, and its standard error; None where there is nothing to compare."""
-    if len(a) != len(b):
-        return None, 0.0
-    found = _finite([x - y for x, y in zip(a, b, strict=True)])
+    """Mean of a - b over the rows that have both, and its standard error; None where there is nothing to compare.
+
+    A look that is over sooner has the first rows of one that takes all.
+    """
+    found = _finite([x - y for x, y in zip(a, b, strict=False)])
     if len(found) < 2:
         return None, 0.0
     difference = torch.tensor(found, dtype=torch.float64)
@@ -240,17 +263,6 @@ def _mean(losses: list[float]) -> float:
 
 def _finite(losses: list[float]) -> list[float]:
     return [loss for loss in losses if math.isfinite(loss)]
-
-
-def _tell_left_out(losses: list[float]) -> None:
-    finite = len(_finite(losses))
-    if finite < len(losses):
-        what = "They are left out of every look" if finite > 1 else "So no look can end this run"
-        logger.warning(
-            "GradES: %d of %d held-out rows have no finite loss. A row has none where all of its labels are masked: "
-            "perhaps max_length cut the completion off. %s.",
-            *(len(losses) - finite, len(losses), what),
-        )
 
 
 def _losses(look: Mapping[str, Any]) -> str:

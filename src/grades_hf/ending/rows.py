@@ -18,9 +18,12 @@ from .look import same_random_states, seed
 
 RowLosses = Callable[[nn.Module], Tensor]
 HeldOut = RowLosses | Dataset[Any] | DataLoader[Any] | Sequence[Any]
+Batches = list[tuple[int, Any]]  # each with the number of its rows
 
 AT_ONCE = 8  # rows in a batch, where nothing else is said
 TRIED = 4  # rows of the first batch that pass through the model alone, too
+PART = 4  # every such batch belongs to the first part of a look
+FEWEST = 16  # losses in the first part, at least
 
 
 class Rows:
@@ -56,7 +59,7 @@ class Rows:
     ) -> None:
         self._loss, self.size = loss or model_loss, 1
         self.together: bool | None = None
-        self._parts = [_drawn(source, number) for source in sources]
+        self._drawn = [_drawn(source, number) for source in sources]
         loaders = [source.batch_size for source in sources if isinstance(source, DataLoader) and source.batch_size]
         self._at_once = at_once or min(loaders, default=AT_ONCE)
         self._batches = self._collated(1)
@@ -70,17 +73,27 @@ class Rows:
         self._batches = [(1, batch) for _, batch in self._collated(size, whole=True)]
         self.size, self.together = size, False
 
-    def losses(self, model: nn.Module, ranks: Ranks) -> list[float]:
-        """The loss of each row that falls to this rank."""
+    def parts(self, model: nn.Module, ranks: Ranks) -> list[Batches]:
+        """What a look takes one after the other, as far as it needs: a quarter of the batches, and the rest.
+
+        All batches are one part where a quarter of them has fewer than 16 losses.
+        """
         if self.together is None:
             together = self._try(model)
             if ranks.number > 1:  # all ranks make as many passes
                 together = all(ranks.gather([float(together)]))
             self.put_together(together)
-        own = self._batches[ranks.rank :: ranks.number]
+        first = self._batches[::PART]
+        if sum(number for number, _ in first) < FEWEST:
+            return [self._batches]
+        return [first, [batch for i, batch in enumerate(self._batches) if i % PART]]
+
+    def losses(self, model: nn.Module, ranks: Ranks, part: Batches) -> list[float]:
+        """The loss of each row of a part that falls to this rank."""
+        own = part[ranks.rank :: ranks.number]
         # All ranks make as many passes: sharded parameters are gathered together, and some trainers gather figures.
-        passes = -(-len(self._batches) // ranks.number)
-        found = [self._of(model, *(own[i] if i < len(own) else self._batches[0])) for i in range(passes)]
+        passes = -(-len(part) // ranks.number)
+        found = [self._of(model, *(own[i] if i < len(own) else part[0])) for i in range(passes)]
         return [loss for losses in found[: len(own)] for loss in losses.tolist()]
 
     def first(self, model: nn.Module) -> float:
@@ -105,10 +118,10 @@ class Rows:
         noise = 0.1 * alone[alone.isfinite()].std() + 1e-5 * alone.abs()
         return bool((((together - alone).abs() <= noise) | (together.isnan() & alone.isnan())).all())
 
-    def _collated(self, size: int, *, whole: bool = False) -> list[tuple[int, Any]]:
+    def _collated(self, size: int, *, whole: bool = False) -> Batches:
         """Batches of `size` rows, with the number of their rows; `whole`: no smaller ones, if there are others."""
-        found = []
-        for rows, collate in self._parts:
+        found: Batches = []
+        for rows, collate in self._drawn:
             end = max(size, len(rows) - len(rows) % size) if whole else len(rows)
             with same_random_states(collate):
                 parts = [rows[i : i + size] for i in range(0, min(end, len(rows)), size)]
@@ -122,6 +135,22 @@ class Rows:
             loss = self._loss(model, batch).detach().reshape(-1).mean()
         found = rows.of(loss)
         return (loss.reshape(1) if found is None else found).double().cpu()
+
+
+class Function:
+    """The held-out rows as a function from the model to the loss of each; a look takes all of them."""
+
+    together = None
+
+    def __init__(self, function: RowLosses) -> None:
+        self._function = function
+
+    def parts(self, model: nn.Module, ranks: Ranks) -> list[Batches]:
+        return [[]]
+
+    def losses(self, model: nn.Module, ranks: Ranks, part: Batches) -> list[float]:
+        found: list[float] = torch.as_tensor(self._function(model)).detach().double().flatten().tolist()
+        return found
 
 
 class ByRow(TorchFunctionMode):
