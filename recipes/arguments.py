@@ -13,12 +13,14 @@ import sys
 import typing
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
 import yaml
+from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from grades_hf import GradES, GradESConfig
@@ -94,12 +96,23 @@ def parse(types: tuple[Any, ...], argv: list[str], description: str) -> tuple[An
     return tuple(parsed[: len(types)])
 
 
-def check_bits(model: Any, dry_run: bool) -> None:
-    """Refuse a base in 4 or 8 bits where it cannot be; `model` is TRL's ModelConfig.
+def check(model: Any, training: Any, dry_run: bool) -> None:
+    """Refuse a base in 4 or 8 bits where it cannot be, and find the checkpoint that `resume_from_checkpoint` means.
+
+    Args:
+        model: TRL's ModelConfig.
+        training: TRL's SFTConfig.
+        dry_run: Whether nothing is really trained.
 
     Raises:
-        ValueError: all weights shall be trained, or a package or an accelerator is missing.
+        ValueError: all weights shall be trained, a package or an accelerator is missing, or the checkpoint is not
+            complete.
     """
+    _check_bits(model, dry_run)
+    _find_checkpoint(training)
+
+
+def _check_bits(model: Any, dry_run: bool) -> None:
     name = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
     if not getattr(model, name):
         return
@@ -112,6 +125,15 @@ def check_bits(model: Any, dry_run: bool) -> None:
             f"{name}=True needs an accelerator: on a CPU bitsandbytes repacks the weights at the first evaluation, and "
             "no gradient flows through them any more. Leave it out."
         )
+
+
+def _find_checkpoint(training: Any) -> None:
+    resume, output = training.resume_from_checkpoint, training.output_dir
+    if resume is not None and resume.lower() in ("true", "false"):
+        exists = resume.lower() == "true" and Path(output).is_dir()
+        resume = training.resume_from_checkpoint = get_last_checkpoint(output) if exists else None
+    if resume is not None and not Path(resume, "trainer_state.json").is_file():  # which Trainer writes last
+        raise ValueError(f"resume_from_checkpoint={resume!r} holds no complete checkpoint; pass another directory.")
 
 
 def thresholds(model: Any, grades: GradESConfig) -> dict[str, float]:

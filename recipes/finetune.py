@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import logging
 import os
 import sys
 import time
@@ -27,16 +26,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: CPU threads
 
 from datasets import Dataset
 from transformers import AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from grades_hf import GradESConfig, GradESTrainerMixin
 from recipes import dry_run, pypi
-from recipes.arguments import GradESArguments, check_bits, command, grades_config, option, parse, thresholds
-from recipes.results import side_by_side, tell
+from recipes.arguments import GradESArguments, check, command, grades_config, option, parse, thresholds
+from recipes.results import of_run, side_by_side, tell
 from recipes.tasks import accuracy, rows
-
-logger = logging.getLogger("recipes.finetune")
 
 
 @dataclass
@@ -44,7 +40,6 @@ class RecipeArguments(rows.DataArguments):
     """What is fine-tuned, and how the result is measured."""
 
     model: str = option("HuggingFaceTB/SmolLM2-135M-Instruct", "Directory or hub id of a causal language model.")
-    test_rows: int | None = option(None, "Benchmarks: measure the accuracy on this many rows of each. Default: all.")
     evaluate_before: bool = option(True, "Measure loss and accuracy before training, too.")
     compare: bool = option(False, "Train a second time without GradES, and print both runs side by side.")
     dry_run: bool = option(
@@ -84,22 +79,10 @@ def prepare(argv: list[str], *more: Any) -> Plan:
     types = (RecipeArguments, ModelConfig, SFTConfig, GradESArguments, *more)
     recipe, model, training, arguments, *added = parse(types, argv, (__doc__ or "").split("\n")[0])
     grades = grades_config(arguments)
-    check_bits(model, recipe.dry_run)
-    resume = training.resume_from_checkpoint
-    if resume is not None and resume.lower() in ("true", "false"):
-        exists = resume.lower() == "true" and Path(str(training.output_dir)).is_dir()
-        resume = training.resume_from_checkpoint = get_last_checkpoint(training.output_dir) if exists else None
-    if resume is not None and not Path(resume, "trainer_state.json").is_file():  # which Trainer writes last
-        raise ValueError(f"resume_from_checkpoint={resume!r} holds no complete checkpoint; pass another directory.")
+    check(model, training, recipe.dry_run)
     if recipe.dry_run:
         pypi.go_offline()
     train, held_out, tests = rows.load(recipe, training, offline=recipe.dry_run)
-    if recipe.test_rows is not None and recipe.test_rows < 1:
-        raise ValueError(f"test_rows={recipe.test_rows} must be 1 or more; leave it out for all rows.")
-    if recipe.test_rows is not None:
-        tests = {
-            name: test.shuffle(seed=0).select(range(min(recipe.test_rows, len(test)))) for name, test in tests.items()
-        }
     if held_out is None and grades is not None and grades.tau is None:
         raise ValueError(
             "held_out_rows=0, but without a tau GradES looks at the loss on held-out rows. Leave held_out_rows out, "
@@ -219,25 +202,9 @@ def run(plan: Plan, trainer: SFTTrainer) -> dict[str, Any]:
     clock["training"] = time.perf_counter() - started
     measured("after")
     trainer.save_model()
-    steps = {"steps_run": trainer.state.global_step, "steps_planned": trainer.state.max_steps}
-    results: dict[str, Any] = {**steps, "evaluation": evaluation, "seconds": clock, "seed": plan.training.seed}
-    results |= {"arm": "none", "method": "lora" if plan.model.use_peft else "full"}
+    results = {"evaluation": evaluation, "seconds": clock, "seed": plan.training.seed, **of_run(trainer)}
+    results |= {"method": "lora" if plan.model.use_peft else "full"}
     results["sources"] = {"model": plan.recipe.model, "rows": plan.recipe.data or plan.recipe.task}
-    if isinstance(trainer, GradESTrainerMixin):
-        engine = trainer.grades_callback.engine
-        assert engine is not None
-        results |= {
-            "arm": "grades",
-            "tau": plan.grades.tau if plan.grades else None,
-            "components": len(engine.components),
-            "frozen": dict(engine.frozen),
-        }
-        try:
-            savings = engine.savings()
-            saved = savings.fraction_of_planned
-            results["compute"] = {"used": savings.used, "full": savings.planned, "saved": saved}
-        except RuntimeError as error:  # compiled models are not counted
-            logger.info("%s", error)
     if trainer.is_world_process_zero():
         Path(str(trainer.args.output_dir), "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     return results

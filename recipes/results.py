@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+from grades_hf import GradESTrainerMixin
+
+logger = logging.getLogger(__name__)
+
+
+def of_run(trainer: Any) -> dict[str, Any]:
+    """The steps that a trainer has made, and what GradES did, if it was there."""
+    found: dict[str, Any] = {
+        "arm": "none",
+        "steps_run": trainer.state.global_step,
+        "steps_planned": trainer.state.max_steps,
+    }
+    if isinstance(trainer, GradESTrainerMixin):
+        engine = trainer.grades_callback.engine
+        assert engine is not None
+        found |= {"arm": "grades", "tau": engine.config.tau}
+        found |= {"components": len(engine.components), "frozen": dict(engine.frozen)}
+        try:
+            savings = engine.savings()
+            saved = savings.fraction_of_planned
+            found["compute"] = {"used": savings.used, "full": savings.planned, "saved": saved}
+        except RuntimeError as error:  # compiled models are not counted
+            logger.info("%s", error)
+    return found
 
 
 def tell(results: dict[str, Any]) -> list[str]:

@@ -41,6 +41,7 @@ class DataArguments:
     messages_column: str = option("messages", "Name of the column with a conversation, for the chat template.")
     text_column: str = option("text", "Name of the column with plain text.")
     task: str | None = option(None, f"Benchmarks in place of data, as siqa,boolq: {', '.join(TASKS)}.")
+    test_rows: int | None = option(None, "Benchmarks: measure the accuracy on this many rows of each. Default: all.")
     data_dir: str | None = option(None, "Benchmarks: directory with <task>/<split>.jsonl.gz. Default: the hub.")
 
 
@@ -88,6 +89,10 @@ def load(arguments: Any, training: Any, offline: bool = False) -> tuple[Dataset,
         if arguments.train_rows < 1:
             raise ValueError(f"train_rows={arguments.train_rows} must be 1 or more; leave it out for all rows.")
         train = train.select(range(min(arguments.train_rows, len(train))))
+    if (most := arguments.test_rows) is not None:
+        if most < 1:
+            raise ValueError(f"test_rows={most} must be 1 or more; leave it out for all rows.")
+        tests = {name: test.shuffle(seed=0).select(range(min(most, len(test)))) for name, test in tests.items()}
     return train, held_out, tests
 
 

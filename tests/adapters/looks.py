@@ -86,6 +86,7 @@ def same_as_evaluation(trainer: Trainer, **tolerance: float) -> None:
     rows = held_out_rows(config, trainer, trainer.model, None, None)
     trainer.model.eval()
     with torch.no_grad():
-        losses = rows.losses(trainer.model, ALONE)
+        parts = rows.parts(trainer.model, ALONE)
+        losses = [loss for part in parts for loss in rows.losses(trainer.model, ALONE, part)]
     trainer.args.per_device_eval_batch_size = rows.size
     assert sum(losses) / len(losses) == pytest.approx(trainer.evaluate()["eval_loss"], **{"rel": 1e-5, **tolerance})

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from grades_hf import GradES, GradESConfig
+from grades_hf.ending import Batches, Rows
+from grades_hf.parallel.ranks import Ranks
 from tests import small
 
 STEPS = 60
@@ -49,6 +51,19 @@ def dataset(held: Tensor = HELD_OUT) -> list[dict[str, Tensor]]:
 def batch(step: int, rank: int = 0, ranks: int = 1) -> dict[str, Tensor]:
     chosen = [(step * BATCH + i) % ROWS for i in range(BATCH)][rank::ranks]
     return {"input_ids": TRAIN[chosen], "labels": TRAIN[chosen]}
+
+
+class Whole(Rows):
+    """Rows that a look takes all at once."""
+
+    def parts(self, model: nn.Module, ranks: Ranks) -> list[Batches]:
+        return [[batch for part in super().parts(model, ranks) for batch in part]]
+
+
+def all_losses(held: Rows, model: nn.Module) -> list[float]:
+    """Those of all parts of a look, one after the other."""
+    ranks = Ranks(model)
+    return [loss for part in held.parts(model, ranks) for loss in held.losses(model, ranks, part)]
 
 
 @dataclass

@@ -12,13 +12,12 @@ from torch import nn
 from grades_hf import GradES, GradESConfig, History
 from grades_hf.ending import Average, Rows
 from grades_hf.ending.rows import AT_ONCE, TRIED
-from grades_hf.parallel.ranks import Ranks
 from grades_hf.record.counter import FlopCounter
 from grades_hf.report.page import to_html
 from grades_hf.report.runs import Run
 from grades_hf.report.summary import sentence
 from tests.ending import loops
-from tests.ending.loops import HELD_OUT, STEPS, dataset, train
+from tests.ending.loops import HELD_OUT, STEPS, Whole, all_losses, dataset, train
 
 BETTER = torch.linspace(-0.01, 0.01, 50)  # noise of 50 rows, far below the differences that the scripts use
 
@@ -41,7 +40,7 @@ def test_a_run_that_overfits_ends_with_weights_that_are_better_than_the_last_one
     held = Rows([dataset()], 128)
 
     def loss(model: nn.Module) -> float:
-        losses = held.losses(model.eval(), Ranks(model))
+        losses = all_losses(held, model.eval())
         return sum(losses) / len(losses)
 
     whole, ended = train("full", None), train("full", GradESConfig())
@@ -115,7 +114,7 @@ def test_what_looks_cost_is_counted():
     savings, looks = run.engine.savings(), run.engine.ending.looks
     with FlopCounter() as row, torch.no_grad():
         run.model(input_ids=HELD_OUT[:1])
-    passes = sum(1 + (look["loss"] is not None) for look in looks) * len(HELD_OUT)
+    passes = sum((1 + (look["loss"] is not None)) * look["rows"] for look in looks)
     passes += AT_ONCE + TRIED  # to see whether a batch says what its rows say
     assert savings.looks == pytest.approx(passes * row.total)
     assert savings.used == pytest.approx(savings.full + savings.looks)
@@ -158,6 +157,62 @@ def test_a_run_goes_on_otherwise(passes, why):
     engine = rule(script)
     assert not engine.done, why
     assert engine.ending.looks[1]["ended"] is False
+
+
+class Parts(Rows):
+    """A quarter of 16 rows and a rest of 48, whose mean losses a test dictates in the order in which they are asked."""
+
+    def __init__(self, *means: float) -> None:
+        super().__init__([range(64)], 64)
+        self.means = iter(means)
+        self.asked: list[int] = []
+        self.put_together(True)
+
+    def losses(self, model, ranks, part):
+        rows = torch.cat([batch for _, batch in part])
+        self.asked.append(len(rows))
+        mean = next(self.means, -1000.0 * len(self.asked))  # from then on every average has learned
+        noise = 0.001 * len(self.asked) * ((rows % 2) - 0.5)  # so that differences have an error
+        return (mean + noise + rows).tolist()
+
+
+@pytest.mark.parametrize(
+    ("means", "asked", "rows", "computed", "ended"),
+    [
+        ((9.0, 8.0), [16], 16, False, False),  # the average has learned, as a quarter says
+        ((9.0, 9.0, 9.0), [16, 16], 16, True, False),  # the weights are no worse than their average
+        ((9.0, 8.9999, 8.99995), [16, 16], 16, True, False),  # worse, but better than the average before
+        ((9.0, 9.0, 9.5, 9.0, 9.5), [16, 16, 48, 48], 64, True, True),
+        ((9.0, 9.0, 9.5, 9.0, 7.0), [16, 16, 48, 48], 64, True, False),  # only the quarter is worse
+        ((9.0, 9.0, 9.0001, 9.0, 9.0001), [16, 16, 48, 48], 64, True, False),  # by less than three standard errors
+    ],
+)
+def test_a_look_takes_all_rows_only_where_a_quarter_says_that_it_may_end_the_run(means, asked, rows, computed, ended):
+    held = Parts(*means)
+    looks = rule(held).ending.looks
+    assert (looks[0]["rows"], looks[0]["loss"]) == (16, None)
+    look = looks[1]
+    assert held.asked[1 : 1 + len(asked)] == asked
+    assert (look["rows"], look["loss"] is not None, look["difference"] is not None) == (rows, computed, computed)
+    assert look["ended"] is ended
+
+
+def test_rows_of_a_quarter_are_compared_with_the_same_rows():
+    """The look before had all of them, this one a quarter; and the other way round."""
+    held = Parts(9.0, 9.0, 9.5, 9.0, 7.0, 8.0)
+    looks = rule(held).ending.looks
+    assert [look["rows"] for look in looks[:3]] == [16, 64, 16]
+    assert looks[1]["since"] == pytest.approx(0.0, abs=1e-6)
+    assert looks[2]["since"] == pytest.approx(-1.0)
+
+
+def test_all_rows_may_say_that_the_run_learns_where_a_quarter_does_not():
+    held = Parts(9.0, 9.0, 9.5, 9.0, 7.0, 9.0, 9.5, 7.0)  # the third look: a quarter as before, the rest better
+    looks = rule(held).ending.looks
+    assert held.asked[5:8] == [16, 16, 48]
+    assert (looks[2]["rows"], looks[2]["loss"], looks[2]["difference"]) == (64, None, None)
+    assert looks[2]["since"] == pytest.approx(-1.5)
+    assert looks[2]["ended"] is False
 
 
 def test_the_last_looks_average_must_be_better_than_the_weights():
@@ -326,7 +381,7 @@ def test_rows_that_say_nothing_are_refused():
     with pytest.raises(ValueError, match="at least two rows"):
         GradES(model, GradESConfig(), total_steps=9, held_out=[{"input_ids": HELD_OUT[0], "labels": HELD_OUT[0]}])
     with pytest.raises(ValueError, match="no loss"):
-        Rows([[{"input_ids": HELD_OUT[0]}]], 3).losses(model, Ranks(model))
+        all_losses(Rows([[{"input_ids": HELD_OUT[0]}]], 3), model)
     with pytest.raises(ValueError, match="at least two rows"):
         train("full", GradESConfig(), held_out=lambda model: torch.ones(1))
 
@@ -351,7 +406,7 @@ def held_out_with(masked):
 
 @pytest.mark.parametrize("masked", [[0, 17], list(range(HELD_OUT.shape[0] - 1))])
 def test_rows_without_labels_are_left_out(masked, caplog, tmp_path):
-    run = train("full", GradESConfig(), held_out=held_out_with(masked))
+    run = train("full", GradESConfig(), held_out=Whole([held_out_with(masked)], 128))
     several = len(masked) < len(HELD_OUT) - 1
     assert run.engine.done == several
     said = "They are left out of every look" if several else "no look can end this run"
@@ -360,13 +415,18 @@ def test_rows_without_labels_are_left_out(masked, caplog, tmp_path):
     assert {look["rows"] for look in run.engine.ending.looks} == {len(HELD_OUT) - len(masked)}
     kept = dataset(HELD_OUT[[i for i in range(len(HELD_OUT)) if i not in masked]]) if several else None
     if several:
-        same = train("full", GradESConfig(), held_out=kept)
+        same = train("full", GradESConfig(), held_out=Whole([kept], 128))
         assert same.steps == run.steps
         for look, other in zip(same.engine.ending.looks, run.engine.ending.looks, strict=True):
             assert look["average_loss"] == pytest.approx(other["average_loss"], rel=1e-4)
-    again = train("full", GradESConfig(), held_out=held_out_with(masked), resume_after=[11, 13])
+    again = train("full", GradESConfig(), held_out=Whole([held_out_with(masked)], 128), resume_after=[11, 13])
     assert again.steps == run.steps
     assert again.engine.ending.looks == run.engine.ending.looks
+
+
+def test_rows_without_labels_are_told_of_when_a_look_meets_them(caplog):
+    train("full", GradESConfig(), held_out=held_out_with([0, 17]))  # 17 is in no first quarter
+    assert caplog.text.count("1 of 16 held-out rows") == caplog.text.count("have no finite loss") == 1
 
 
 def test_losses_that_are_all_no_numbers_are_told_and_recorded(caplog, tmp_path):

@@ -14,9 +14,8 @@ from transformers import DataCollatorWithFlattening, DataCollatorWithPadding
 
 from grades_hf.ending import Rows
 from grades_hf.ending.rows import TRIED
-from grades_hf.parallel.ranks import Ranks
 from tests.ending import loops
-from tests.ending.loops import HELD_OUT
+from tests.ending.loops import HELD_OUT, all_losses
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 LABELS: dict[str, Any] = {
@@ -84,7 +83,7 @@ def test_rows_of_a_batch_are_told_apart(kind: str) -> None:
     counted = Counted(model)
     for passes in (1 + TRIED + 3, 3):
         with torch.no_grad():
-            assert held.losses(model, Ranks(model)) == pytest.approx(expected, rel=0.02 if kind == "bfloat16" else 1e-5)
+            assert all_losses(held, model) == pytest.approx(expected, rel=0.02 if kind == "bfloat16" else 1e-5)
         assert counted.passes == passes
         counted.passes = 0
     assert len(held) == len(rows)
@@ -96,7 +95,7 @@ def test_a_row_without_labels_keeps_no_others_apart() -> None:
     loader: Any = DataLoader(rows, batch_size=8, collate_fn=padded)  # type: ignore[arg-type]
     held = Rows([loader], 128)
     with torch.no_grad():
-        losses = held.losses(model, Ranks(model))
+        losses = all_losses(held, model)
     assert held.together
     assert [i for i, loss in enumerate(losses) if loss != loss] == [1]
 
@@ -136,9 +135,9 @@ def test_rows_of_a_loss_that_the_trainer_reduces_are_told_apart(kind: str) -> No
     held = Rows([loader], 128)
     expected = [model(**padded([row])).loss.item() for row in rows]
     with torch.no_grad():
-        held.losses(model, Ranks(model))
+        all_losses(held, model)
         counted = Counted(model)
-        assert held.losses(model, Ranks(model)) == pytest.approx(expected, rel=1e-5)
+        assert all_losses(held, model) == pytest.approx(expected, rel=1e-5)
     assert counted.passes == 3
 
 
@@ -172,9 +171,9 @@ def test_where_they_cannot_each_row_has_a_pass_of_its_own(kind: str) -> None:
     loader: Any = DataLoader(rows, batch_size=8, collate_fn=padded)  # type: ignore[arg-type]
     held = Rows([loader], 128)
     counted = Counted(model)
-    held.losses(model, Ranks(model))
+    all_losses(held, model)
     counted.passes = 0
-    assert held.losses(model, Ranks(model)) == [model(**padded([row])).loss.double().item() for row in rows]
+    assert all_losses(held, model) == [model(**padded([row])).loss.double().item() for row in rows]
     assert counted.passes == 2 * len(rows)
 
 
@@ -183,8 +182,8 @@ def test_rows_that_are_put_end_to_end_have_passes_of_their_own() -> None:
     loader: Any = DataLoader(rows, batch_size=8, collate_fn=DataCollatorWithFlattening())  # type: ignore[arg-type]
     held = Rows([loader], 128)
     alone = [model(**DataCollatorWithFlattening()([row])).loss.item() for row in rows]
-    held.losses(model, Ranks(model))
-    assert held.losses(model, Ranks(model)) == pytest.approx(alone, rel=1e-6)
+    all_losses(held, model)
+    assert all_losses(held, model) == pytest.approx(alone, rel=1e-6)
 
 
 def test_the_mean_of_united_rows_is_one_loss(tiny_tokenizer: Any) -> None:
@@ -193,7 +192,7 @@ def test_the_mean_of_united_rows_is_one_loss(tiny_tokenizer: Any) -> None:
     loader: Any = DataLoader(rows, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
     held = Rows([loader], 18)
     held.unite(4)
-    assert len(held) == len(held.losses(model, Ranks(model))) == 4  # the last two rows are no batch
+    assert len(held) == len(all_losses(held, model)) == 4  # the last two rows are no batch
 
 
 class Map(Dataset[Any]):
@@ -216,8 +215,8 @@ class Stream(IterableDataset[Any]):
 def test_every_source_gives_the_same_rows_each_time(source: Any, number: int) -> None:
     model = loops.make("full").eval()
     rows = Rows([source], number)
-    losses = rows.losses(model, Ranks(model))
-    assert losses == rows.losses(model, Ranks(model)) == Rows([source], number).losses(model, Ranks(model))
+    losses = all_losses(rows, model)
+    assert losses == all_losses(rows, model) == all_losses(Rows([source], number), model)
     expected = [model(input_ids=row[None], labels=row[None]).loss.item() for row in HELD_OUT]
     assert all(min(abs(loss - other) for other in expected) < 1e-5 for loss in losses)
     assert len(losses) == min(number, len(HELD_OUT))

@@ -11,7 +11,7 @@ import pytest
 from trl import ModelConfig, SFTConfig
 
 from grades_hf import GradESConfig
-from recipes.arguments import RENAMED, GradESArguments, check_bits, command, grades_config, option, parse, thresholds
+from recipes.arguments import RENAMED, GradESArguments, check, command, grades_config, option, parse, thresholds
 from tests.small import llama
 
 

@@ -114,13 +114,14 @@ def plot_votes(history: History) -> Any:
 def plot_looks(history: History) -> Any:
     """The held-out loss of each look, with the weights as they were and with their average."""
     alt = load_altair()
-    rows = []
+    rows, most = [], max(look["rows"] for look in history.looks)
     for look in history.looks:
         margin = 3 * look["error"] if finite(look["error"]) else 0.0
         for which, loss, around in ((AVERAGED, look["average_loss"], margin), (PRESENT, look["loss"], 0.0)):
             if finite(loss):  # a look that saw the average improve did not need the other one
                 box = {"low": loss - around, "high": loss + around}
-                rows.append({"step": look["step"], "which": which, "loss": loss, **box})
+                point = {"step": look["step"], "which": which, "loss": loss, "rows": look["rows"], **box}
+                rows.append(point | {"opacity": 1 if look["rows"] == most else 0.45})
     x, axis = step_axis(end_of(history)), alt.Axis(format="~g", tickCount=5)
     y = {"title": "held-out loss", "axis": axis, "scale": alt.Scale(zero=False, padding=12)}
     legend = alt.Legend(title=None, orient="top", symbolSize=90, columns=1)
@@ -128,16 +129,18 @@ def plot_looks(history: History) -> Any:
     base = alt.Chart(alt.Data(values=rows))
     color = alt.Color("which:N", scale=alt.Scale(**domain), legend=legend)
     shape = alt.Shape("which:N", legend=legend, scale=alt.Scale(**domain, range=["circle", "square"]))
-    tooltip = ["which:N", alt.Tooltip("step:Q", format=",d"), alt.Tooltip("loss:Q", format=".5~g")]
+    tooltip = ["which:N", alt.Tooltip("step:Q", format=",d"), alt.Tooltip("loss:Q", format=".5~g"), "rows:Q"]
+    opacity = alt.Opacity("opacity:Q", scale=None, legend=None)
     bars = base.mark_rule(strokeWidth=2, aria=False).transform_filter(f"datum.which === '{AVERAGED}'")
-    dots = base.mark_point(filled=True, size=90, opacity=1, aria=False)
+    dots = base.mark_point(filled=True, size=90, aria=False)
     layers = [
-        bars.encode(x=x, y=alt.Y("low:Q", **y), y2="high:Q", color=color),
-        dots.encode(x=x, y=alt.Y("loss:Q", **y), color=color, shape=shape, tooltip=tooltip),
+        bars.encode(x=x, y=alt.Y("low:Q", **y), y2="high:Q", color=color, opacity=opacity),
+        dots.encode(x=x, y=alt.Y("loss:Q", **y), color=color, shape=shape, opacity=opacity, tooltip=tooltip),
     ]
+    fewer = " Pale: fewer rows, whose mean is another." if any(row["opacity"] < 1 for row in rows) else ""
     subtitle = [
-        "Bar: three standard errors of the difference.",
-        "A look ends a run if its bar, and the circle before, are below its square.",
+        f"Bar: three standard errors of the difference.{fewer}",
+        "A look ends a run if its bar is below its square, and the average has not got better.",
     ]
     return layered(layers, (480, 200), "What the looks saw", subtitle)
 

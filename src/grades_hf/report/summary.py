@@ -140,7 +140,7 @@ def look_losses(look: Mapping[str, Any]) -> str:
     return f"loss {look['average_loss']:.4g} with averaged weights{without}"
 
 
-LOOK_HEADS = ("step", "votes", "loss", "with averaged weights", "difference", "verdict")
+LOOK_HEADS = ("step", "votes", "rows", "loss", "with averaged weights", "difference", "verdict")
 
 
 def look_rows(history: History) -> Sequence[tuple[str, ...]]:
@@ -151,7 +151,7 @@ def look_rows(history: History) -> Sequence[tuple[str, ...]]:
         voted, verdict = f"{look['votes']:,} of {look['components']:,}", "end" if look["ended"] else "go on"
         difference = f"{look['difference']:+.4f}{error}" if finite(look["difference"]) else ""
         losses = (f"{look[key]:.4f}" if finite(look[key]) else "" for key in ("loss", "average_loss"))
-        rows.append((f"{look['step']:,}", voted, *losses, difference, verdict))
+        rows.append((f"{look['step']:,}", voted, f"{look['rows']:,}", *losses, difference, verdict))
     return rows
 
 
