@@ -159,11 +159,11 @@ def test_thresholds_of_a_model() -> None:
 def test_few_bits_are_refused_where_they_cannot_be(
     options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, model, *_ = parsed(*options)
+    _, model, training, *_ = parsed(*options)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: "accelerator" in message or None)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
-        check_bits(model, dry_run=False)
+        check(model, training, dry_run=False)
 
 
 def test_an_error_is_one_line_of_one_process(
