@@ -54,8 +54,8 @@ class Ending(Extension):
     last look's average in the mean. Otherwise it goes on, to the bit as if nobody had looked.
 
     A look begins with a quarter of the rows. The first look is over then: it only notes the losses. So is one whose
-    quarter says that the run still learns, or that the weights are no worse in the mean. Only the other looks take the
-    rest of the rows, and only they can end the run.
+    quarter says that the run still learns (by one and a half of its standard errors, which are twice as large), or that
+    the weights are no worse in the mean. Only the other looks take the rest of the rows, and only they can end the run.
 
     **Return.** The model holds the average as soon as the run has ended (`return_weights="last"`: what it held), and
     the update of that step does not touch it any more.
@@ -148,14 +148,16 @@ class Ending(Extension):
             for part in parts:
                 with average.installed():
                     now += self._losses(part)
+                whole = part is parts[-1]
                 since, since_error = _paired(now, before)
-                if since is None or since + MARGIN * since_error < 0:
+                # A quarter of the rows has twice the error: so that the same difference counts, half the margin.
+                if since is None or since + (MARGIN if whole else MARGIN / 2) * since_error < 0:
                     ended, present = False, []
                     break
                 present += self._losses(part)
                 (difference, error), (worse, _) = _paired(now, present), _paired(present, before)
-                margin = MARGIN if part is parts[-1] else 0.0
-                ended = difference is not None and difference + margin * error < 0 and worse is not None and worse > 0
+                loses = difference is not None and difference + (MARGIN if whole else 0.0) * error < 0
+                ended = loses and worse is not None and worse > 0
                 if not ended:
                     break
         self._tell_left_out(now)
