@@ -114,13 +114,14 @@ def overhead() -> str:
 
 
 def looks(row: dict[str, Any]) -> str:
-    """What looks cost, in a sentence; how many there are is reckoned with the rule's own numbers."""
+    """What looks cost, in a few sentences; how many there are is reckoned with the rule's own numbers."""
     number, steps = looks_due(), row["look_steps"]["median"]
     return (
-        f"Without a tau, a look at {row['look_rows']} held-out rows (eight in a forward pass, each as long as those "
-        f"that are trained on) takes as long as {steps:.0f} of these small steps, and twice that where the run does "
-        f"not learn any more. {number} looks are due in a run that goes on to its end, and at most {MOST} are "
-        f"made: {number} take {percent(looks_share(row, 1_000))} of a run of 1,000 such steps and "
+        f"Without a tau, a pass over {row['look_rows']} held-out rows (eight at once, each as long as those that are "
+        f"trained on) takes as long as {steps:.0f} of these small steps. A look takes a quarter of it where the run "
+        f"clearly learns, and at most two; in the race it took {race_page.passes(load('race')['results']['runs']):.2f} "
+        f"in the mean. {number} looks are due in a run that goes on to its end, and at most {MOST} are made: {number} "
+        f"of the mean take {percent(looks_share(row, 1_000))} of a run of 1,000 such steps and "
         f"{percent(looks_share(row, 10_000))} of one of 10,000.\n"
     )
 
@@ -131,8 +132,9 @@ def looks_due() -> int:
 
 
 def looks_share(row: dict[str, Any], run: int) -> float:
-    """The part of a run of so many steps that those looks take."""
-    return float(looks_due() * row["look_steps"]["median"] / run)
+    """The part of a run of so many steps that those looks take, each as many passes as in the mean of the race."""
+    passes = race_page.passes(load("race")["results"]["runs"])
+    return float(looks_due() * passes * row["look_steps"]["median"] / run)
 
 
 def versions(results: dict[str, Any], commit: str) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 import altair as alt
 
+from benchmarks.race_tasks import SETTINGS
+
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
@@ -256,6 +258,16 @@ def meaning(rows: Sequence[Row]) -> str:
         "early stopping costs no more than looks, and may end sooner.",
     )
     return "What this means for you:\n\n" + "".join(f"- {point}\n" for point in points)
+
+
+def passes(runs: Sequence[dict[str, Any]]) -> float:
+    """How often all held-out rows pass through the model in a look, in the mean of all looks of the default."""
+    found = [
+        look["rows"] / SETTINGS[run["key"]["setting"]].looks * (1 + (look["loss"] is not None))
+        for run in runs
+        for look in run["looks"] or ()
+    ]
+    return statistics.fmean(found)
 
 
 def difference(outcome: Outcome) -> str:

@@ -60,7 +60,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 @pytest.mark.compatibility("Distributed", "DDP and FSDP2 without a tau (looks)", "works")
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks_end_as_one_process_does(way: str, reports: dict[str, list[dict[str, Any]]]) -> None:
-    held_out = loops.Whole([loops.dataset()], 128) if WAYS[way][1] is not None else None  # a function gives all rows at once
+    all_at_once = WAYS[way][1] is not None  # as a function gives them
+    held_out = loops.Whole([loops.dataset()], 128) if all_at_once else None
     alone = loops.train("full", GradESConfig(), held_out=held_out)
     assert alone.engine is not None
     assert alone.engine.ending.looks[-1]["ended"]

@@ -115,7 +115,7 @@ def test_from_a_run_directory(tmp_path):
 def test_a_run_without_a_tau_has_its_looks_and_no_map():
     section = grades_card_section(looked())
     assert "ends a fine-tune before it overfits" in section
-    assert table(section, "step")["20"] == ["6 of 6", "128", "2.6000", "2.4000", "-0.2000 ± 0.0100", "end"]
+    assert table(section, "step")["20"] == ["6 of 6", "128", "2.4000", "-0.1200", "2.6000", "-0.2000 ± 0.0100", "end"]
     assert "Frozen matrices" not in section
     assert "frozen" not in " ".join(cell for row in table(section, "").values() for cell in row)
 

@@ -99,8 +99,8 @@ def test_each_place_has_the_symbol_of_its_state():
 def test_a_run_without_a_tau_shows_votes_and_looks():
     view = text(looked(), 100)
     assert "votes ▁▂▃▄▅▆▆▇██ 100% at the last; a look is due at 50%" in view
-    assert re.search(r"^ +12 +4 of 6 +128 +2\.5000 +2\.5200 +\+0\.0200 ± 0\.0100 +go on", view, re.MULTILINE)
-    assert re.search(r"^ +20 +6 of 6 +128 +2\.6000 +2\.4000 +-0\.2000 ± 0\.0100 +end", view, re.MULTILINE)
+    assert re.search(r"^ +12 +4 of 6 +128 +2\.5200 +2\.5000 +\+0\.0200 ± 0\.0100 +go on", view, re.MULTILINE)
+    assert re.search(r"^ +20 +6 of 6 +128 +2\.4000 +-0\.1200 +2\.6000 +-0\.2000 ± 0\.0100 +end", view, re.MULTILINE)
     assert "tau" not in view
     assert "frozen" not in view
     assert re.search(r"attention +4 +[\d.]+ +[▁-█]", view)

@@ -58,7 +58,7 @@ def test_a_run_without_a_tau() -> None:
     assert summarize(run)["looks"] == {"number": 2, "ended": True}
     assert "tau" not in summarize(run)
     assert facts(run)[:3] == [("steps", "20 of 40 planned"), ("attention", "4 matrices"), ("mlp", "2 matrices")]
-    assert look_rows(run)[1] == ("20", "6 of 6", "128", "2.6000", "2.4000", "-0.2000 ± 0.0100", "end")
+    assert look_rows(run)[1] == ("20", "6 of 6", "128", "2.4000", "-0.1200", "2.6000", "-0.2000 ± 0.0100", "end")
     assert sentence(looked("completed")).startswith("Ended after all 40 steps: no look was proposed, loss 2,")
     assert sentence(looked(None)) == (
         "Step 20 of 40: 100% of the components vote for a look, no look so far, loss 2, 0.5 s a step, "

@@ -137,7 +137,7 @@ def _section(run: Run, charts: _Charts) -> str:
     rows = component_rows(history)
     components = [[row[head] for head in HEADS] for row in rows[:MOST_ROWS]]
     cut = f" The first {MOST_ROWS:,} of them." if len(rows) > MOST_ROWS else ""
-    looks = _table(LOOK_HEADS, look_rows(history), numbers=set(LOOK_HEADS[:6])) if history.looks else ""
+    looks = _table(LOOK_HEADS, look_rows(history), numbers=set(LOOK_HEADS[:7])) if history.looks else ""
     pair = "".join(charts.figure(name, plots[name]) for name in ("votes", "looks") if name in plots)
     large = "".join(charts.figure(name, plots[name]) for name in ("freezing_map", "statistic") if name in plots)
     small = "".join(charts.figure(name, plots[name]) for name in SMALL if name in plots)

@@ -140,17 +140,18 @@ def look_losses(look: Mapping[str, Any]) -> str:
     return f"loss {look['average_loss']:.4g} with averaged weights{without}"
 
 
-LOOK_HEADS = ("step", "votes", "rows", "loss", "with averaged weights", "difference", "verdict")
+LOOK_HEADS = ("step", "votes", "rows", "averaged", "change", "present", "difference", "verdict")
 
 
 def look_rows(history: History) -> Sequence[tuple[str, ...]]:
-    """Each look as text under `LOOK_HEADS`."""
+    """Each look as text under `LOOK_HEADS`: its losses, with averaged weights and with the present weights."""
     rows = []
     for look in history.looks:
         error = f" ± {look['error']:.4f}" if finite(look["error"]) else ""
         voted, verdict = f"{look['votes']:,} of {look['components']:,}", "end" if look["ended"] else "go on"
         difference = f"{look['difference']:+.4f}{error}" if finite(look["difference"]) else ""
-        losses = (f"{look[key]:.4f}" if finite(look[key]) else "" for key in ("loss", "average_loss"))
+        forms = {"average_loss": ".4f", "since": "+.4f", "loss": ".4f"}
+        losses = (f"{look[key]:{form}}" if finite(look.get(key)) else "" for key, form in forms.items())
         rows.append((f"{look['step']:,}", voted, f"{look['rows']:,}", *losses, difference, verdict))
     return rows
 
