@@ -15,7 +15,7 @@ from grades_hf import GradESCallback
 from grades_hf.adapters.trainer.held_out import held_out_rows
 from grades_hf.criteria import Rise
 
-ALONE: Any = SimpleNamespace(rank=0, number=1, sharded=False)
+ALONE: Any = SimpleNamespace(rank=0, number=1, sharded=False, gather=lambda rows: rows)
 NOTES = ("_metrics", "_total_train_tokens", "accum_loss_components", "_step", "notes", "count")
 TIMES = ("_runtime", "_per_second")
 

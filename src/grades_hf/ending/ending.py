@@ -177,7 +177,7 @@ class Ending(Extension):
     def _losses(self, part: Any) -> list[float]:
         run = self._run
         seed()  # the same random numbers for both
-        losses: list[float] = run.ranks.gather(self._rows.losses(run.model, run.ranks, part))
+        losses: list[float] = self._rows.losses(run.model, run.ranks, part)
         if len(losses) < 2:
             raise ValueError(
                 f"held_out gives {len(losses)} loss(es), and a look needs at least two rows. Pass more held-out rows; "

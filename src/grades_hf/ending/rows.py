@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -89,12 +90,13 @@ class Rows:
         return [first, [batch for i, batch in enumerate(self._batches) if i % PART]]
 
     def losses(self, model: nn.Module, ranks: Ranks, part: Batches) -> list[float]:
-        """The loss of each row of a part that falls to this rank."""
-        own = part[ranks.rank :: ranks.number]
+        """The loss of each row of a part, in their order; the ranks share them out."""
+        own = range(len(part))[ranks.rank :: ranks.number]
         # All ranks make as many passes: sharded parameters are gathered together, and some trainers gather figures.
         passes = -(-len(part) // ranks.number)
-        found = [self._of(model, *(own[i] if i < len(own) else part[0])) for i in range(passes)]
-        return [loss for losses in found[: len(own)] for loss in losses.tolist()]
+        found = [self._of(model, *part[own[i] if i < len(own) else 0]) for i in range(passes)]
+        told = ranks.gather([(i, loss) for i, losses in zip(own, found, strict=False) for loss in losses.tolist()])
+        return [loss for _, loss in sorted(told, key=operator.itemgetter(0))]
 
     def first(self, model: nn.Module) -> float:
         """The loss of the first row: to try whether it can be computed."""
@@ -150,7 +152,7 @@ class Function:
 
     def losses(self, model: nn.Module, ranks: Ranks, part: Batches) -> list[float]:
         found: list[float] = torch.as_tensor(self._function(model)).detach().double().flatten().tolist()
-        return found
+        return ranks.gather(found)
 
 
 class ByRow(TorchFunctionMode):
