@@ -180,8 +180,8 @@ class Parts(Rows):
     ("means", "asked", "rows", "computed", "ended"),
     [
         ((9.0, 8.0), [16], 16, False, False),  # the average has learned, as a quarter says
-        ((9.0, 9.0 - 0.00025), [16], 16, False, False),  # by two of its standard errors, of 0.00013
-        ((9.0, 9.0 - 0.00015, 9.0), [16, 16], 16, True, False),  # not by 1.5 of them
+        ((9.0, 9.0 - 0.00029), [16], 16, False, False),  # by more than two of its standard errors, of 0.00013
+        ((9.0, 9.0 - 0.00023, 9.0), [16, 16], 16, True, False),  # by less
         ((9.0, 9.0, 9.0), [16, 16], 16, True, False),  # the weights are no worse than their average
         ((9.0, 8.9999, 8.99995), [16, 16], 16, True, False),  # worse, but better than the average before
         ((9.0, 9.0, 9.5, 9.0, 9.5), [16, 16, 48, 48], 64, True, True),

@@ -25,6 +25,7 @@ EARLIEST = 0.1  # the part of the run after which the first look is due in any c
 LATER = 1.35  # how much later than the last look the next one is due in any case
 APART = 1.25  # how much later than the last look the next one may come at the earliest
 MARGIN = 3.0  # standard errors by which a difference counts
+OF_A_QUARTER = 2.0  # those by which a quarter of the rows says that the run learns; they are twice as large
 FIRST_STEP = 10
 MOST = 12  # looks in a run
 
@@ -54,8 +55,8 @@ class Ending(Extension):
     last look's average in the mean. Otherwise it goes on, to the bit as if nobody had looked.
 
     A look begins with a quarter of the rows. The first look is over then: it only notes the losses. So is one whose
-    quarter says that the run still learns (by one and a half of its standard errors, which are twice as large), or that
-    the weights are no worse in the mean. Only the other looks take the rest of the rows, and only they can end the run.
+    quarter says that the run still learns (by two of its standard errors, which are twice as large), or that the
+    weights are no worse in the mean. Only the other looks take the rest of the rows, and only they can end the run.
 
     **Return.** The model holds the average as soon as the run has ended (`return_weights="last"`: what it held), and
     the update of that step does not touch it any more.
@@ -150,8 +151,7 @@ class Ending(Extension):
                     now += self._losses(part)
                 whole = part is parts[-1]
                 since, since_error = _paired(now, before)
-                # A quarter of the rows has twice the error: so that the same difference counts, half the margin.
-                if since is None or since + (MARGIN if whole else MARGIN / 2) * since_error < 0:
+                if since is None or since + (MARGIN if whole else OF_A_QUARTER) * since_error < 0:
                     ended, present = False, []
                     break
                 present += self._losses(part)
