@@ -153,7 +153,7 @@ def table(found: dict[str, Any]) -> str:
             "| | with GradES | without |",
             "|---|---:|---:|",
             f"| optimizer steps | {cell('steps', 'with', '.0f')} | {found['seeds'][0]['steps']['without']} |",
-            f"| looks at 128 held-out rows | {looks[0]} | |",
+            f"| looks at up to 128 held-out rows | {looks[0]} | |",
             f"| loss on 256 test rows | **{cell('test loss', 'with', '.2f')}** | "
             f"{cell('test loss', 'without', '.2f')} |",
         ]

@@ -24,7 +24,7 @@ Batches = list[tuple[int, Any]]  # each with the number of its rows
 AT_ONCE = 8  # rows in a batch, where nothing else is said
 TRIED = 4  # rows of the first batch that pass through the model alone, too
 PART = 4  # every such batch belongs to the first part of a look
-FEWEST = 16  # losses in the first part, at least
+FEWEST = 16  # losses that say something: those of the first part, at least
 
 
 class Rows:

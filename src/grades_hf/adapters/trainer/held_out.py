@@ -19,11 +19,10 @@ from transformers.trainer_pt_utils import nested_detach
 from ...config import GradESConfig
 from ...ending import Rows
 from ...ending.look import unseen
+from ...ending.rows import FEWEST
 from ..unnoted import silent, unnoted
 
 logger = logging.getLogger(__name__)
-
-FEWEST = 16  # units of a look, at least, where a unit is a batch
 
 WAYS_OUT = "Pass held_out (a function from the model to the losses of held-out rows is always possible), or pass a tau."
 
