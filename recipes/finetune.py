@@ -49,7 +49,7 @@ class RecipeArguments(rows.DataArguments):
 
 @dataclass
 class Plan:
-    """A run whose arguments and rows have been checked. Nothing is loaded into memory or written so far.
+    """A run whose arguments and rows have been checked. No model is loaded so far.
 
     Attributes:
         location: What `from_pretrained` takes: a directory, or a hub id.
@@ -79,7 +79,6 @@ def prepare(argv: list[str], *more: Any) -> Plan:
     types = (RecipeArguments, ModelConfig, SFTConfig, GradESArguments, *more)
     recipe, model, training, arguments, *added = parse(types, argv, (__doc__ or "").split("\n")[0])
     grades = grades_config(arguments)
-    check(model, training, recipe.dry_run)
     if recipe.dry_run:
         pypi.go_offline()
     train, held_out, tests = rows.load(recipe, training, offline=recipe.dry_run)
@@ -90,6 +89,7 @@ def prepare(argv: list[str], *more: Any) -> Plan:
         )
     if held_out is None and str(training.eval_strategy.value) != "no":
         raise ValueError(f"eval_strategy={training.eval_strategy.value!r} needs rows: pass eval_data or held_out_rows.")
+    check(model, training, recipe.dry_run)
     plan = Plan(recipe, model, training, grades, train, held_out, tests, arguments=arguments, more=tuple(added))
     if recipe.dry_run:
         dry_run.shrink(plan)
@@ -117,10 +117,6 @@ def build(plan: Plan, grades: GradESConfig | None, output: Path, kind: Any = Non
     """
     training: Any = copy.copy(plan.training)
     training.output_dir = str(output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output_dir={str(output)!r} cannot be written: {error}. Pass another one.") from error
     training.model_init_kwargs = {
         **(training.model_init_kwargs or {}),
         "revision": plan.model.model_revision,

@@ -67,14 +67,14 @@ def load(arguments: Any, training: Any, offline: bool = False) -> tuple[Dataset,
         train, tests = _benchmarks(arguments, offline)
     else:
         splits = read(arguments.data, arguments.data_config)
-        train = as_trl(splits.pop("train", None) or splits.pop(next(iter(splits))), arguments, training)
+        train = named(splits.pop("train", None) or splits.pop(next(iter(splits))), arguments)
         given = next((splits[name] for name in HELD_OUT if name in splits), None)
         if given is not None and arguments.held_out_rows is None and arguments.eval_data is None:
-            held_out = as_trl(given, arguments, training)
+            held_out = named(given, arguments)
     if arguments.eval_data is not None:
         splits = read(arguments.eval_data, arguments.data_config)
         found = next((splits[name] for name in HELD_OUT if name in splits), next(iter(splits.values())))
-        held_out = as_trl(found, arguments, training)
+        held_out = named(found, arguments)
     train = train.shuffle(seed=training.seed if training.data_seed is None else training.data_seed)
     if held_out is None:
         number = arguments.held_out_rows
@@ -85,6 +85,8 @@ def load(arguments: Any, training: Any, offline: bool = False) -> tuple[Dataset,
             raise ValueError(f"held_out_rows={number} must be less than the {len(train)} rows that there are.")
         held_out = train.select(range(number)) if number else None
         train = train.select(range(number, len(train)))
+    if "messages" in train.column_names and not training.assistant_only_loss:  # after the split: no one is in both
+        train, held_out = by_answer(train), None if held_out is None else by_answer(held_out)
     if arguments.train_rows is not None:
         if arguments.train_rows < 1:
             raise ValueError(f"train_rows={arguments.train_rows} must be 1 or more; leave it out for all rows.")
@@ -139,14 +141,11 @@ def read(source: str, configuration: str | None = None) -> DatasetDict:
     return found
 
 
-def as_trl(rows: Dataset, arguments: Any, training: Any) -> Dataset:
-    """Rows with `prompt` and `completion`, or with `text`.
-
-    Of a conversation each answer of the assistant becomes a row, so that the loss is on the answers, whatever the
-    chat template. With `assistant_only_loss` it stays whole, and TRL finds the answers by the template.
+def named(rows: Dataset, arguments: Any) -> Dataset:
+    """Rows with `prompt` and `completion`, with `messages`, or with `text`, and what else TRL takes.
 
     Raises:
-        ValueError: the columns are missing.
+        ValueError: the columns are missing, or a row has nothing in them.
     """
     names = {name: getattr(arguments, f"{name}_column") for name in ("prompt", "completion", "messages", "text")}
     for kind in (("prompt", "completion"), ("messages",), ("text",)):
@@ -167,12 +166,25 @@ def as_trl(rows: Dataset, arguments: Any, training: Any) -> Dataset:
     empty = [number for number, row in enumerate(rows, start=1) if not all(row[name] for name in kind)]
     if empty:
         raise ValueError(f"row {empty[0]} has nothing in {' or '.join(names[name] for name in kind)}; fill or drop it.")
-    if kind != ("messages",) or training.assistant_only_loss:
-        return rows
-    turns = rows.map(_turns, batched=True, remove_columns=rows.column_names)
-    if not len(turns):
-        raise ValueError(f"no conversation in {names['messages']} has an answer whose role is 'assistant'.")
-    return turns
+    return rows
+
+
+def by_answer(conversations: Dataset) -> Dataset:
+    """A row for each answer of the assistant, so that the loss is on the answers, whatever the chat template.
+
+    With `assistant_only_loss` a conversation stays whole instead, and TRL finds the answers by the template.
+
+    Raises:
+        ValueError: there is no answer.
+    """
+    found = conversations.map(_turns, batched=True, remove_columns=conversations.column_names)
+    if not len(found):
+        raise ValueError("messages: no conversation has an answer whose role is 'assistant'.")
+    silent = sum(not _turns({"messages": [messages]})["prompt"] for messages in conversations["messages"])
+    if silent:
+        what = "conversation has" if silent == 1 else "conversations have"
+        logger.warning("%d %s no answer whose role is 'assistant', and nothing is learned from it.", silent, what)
+    return found
 
 
 def _turns(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

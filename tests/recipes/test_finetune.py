@@ -172,6 +172,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(config: list[str], tmp_path: P
         (["--resume_from_checkpoint", "/nowhere"], "resume_from_checkpoint='/nowhere' holds no complete checkpoint"),
         (["--held_out_rows", "0", "--eval_strategy", "epoch"], "eval_strategy='epoch' needs rows"),
         (["--output_dir", "/proc/run"], "output_dir='/proc/run' cannot be written"),
+        (["--output_dir", "/proc/run", "--dry_run", "true"], "output_dir='/proc/run' cannot be written"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(

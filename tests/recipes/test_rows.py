@@ -109,12 +109,31 @@ def test_each_answer_of_a_conversation_is_a_row(tmp_path: Path) -> None:
     assert found[0] == {"prompt": asked[:1], "completion": asked[1:]}
     assert found[-1] == {"prompt": [*asked, more[0]], "completion": more[1:]}
     assert len(found) == 4
+    train, held_out, _ = load(data=file, held_out_rows=1)
+    assert held_out is not None
+    assert (len(train), len(held_out)) == (2, 2)  # of one conversation each
     whole, _, _ = load(data=file, held_out_rows=0, assistant_only_loss=True)
     assert list(whole) == [{"messages": asked + more}] * 2
     other = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     file = str(write_jsonl(tmp_path / "other.jsonl", [{"conversations": other}] * 2))
     train, *_ = load(data=file, messages_column="conversations")
     assert train[0]["completion"] == [{"role": "assistant", "content": "b"}]
+
+
+def test_no_conversation_is_trained_on_and_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    talks = [
+        [{"role": role, "content": f"{number}"} for _ in range(4) for role in ("user", "assistant")]
+        for number in range(10)
+    ]
+    talks.append([{"role": "user", "content": "nobody answers"}])
+    file = write_jsonl(tmp_path / "chat.jsonl", [{"messages": talk} for talk in talks])
+    train, held_out, _ = load(data=str(file), held_out_rows=4)
+    assert held_out is not None
+    told = [{row["completion"][0]["content"] for row in part} for part in (train, held_out)]
+    assert not told[0] & told[1]
+    assert len(told[0] | told[1]) == 10
+    assert len(train) + len(held_out) == 40
+    assert "1 conversation has no answer whose role is 'assistant'" in caplog.text
 
 
 @pytest.mark.parametrize(
