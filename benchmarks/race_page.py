@@ -248,8 +248,7 @@ def meaning(rows: Sequence[Row]) -> str:
         f"lowers the test loss by {gain['default']} on average, for {cost['default']} of the full run's compute. Early "
         f"stopping lowers it by {gain['es']}, for {cost['es']}.",
         f"**It costs something where a model does not overfit.** All planned steps are made, and the looks add "
-        f"{100 * min(ended):.0f} to {100 * max(ended):.0f} % to them. The shorter the run, the more: 128 rows are many "
-        "beside a run over two hundred.",
+        f"{100 * min(ended):.0f} to {100 * max(ended):.0f} % to them. The shorter the run, the more.",
         f"**The gradients add little.** Looks at fixed times, with no gradient measured (`schedule alone`), were worse "
         f"in {worse['schedule alone']}, and lower the test loss by {gain['schedule alone']} for "
         f"{cost['schedule alone']} where early stopping helps. Over all they take {whole['schedule alone']} of "
