@@ -14,6 +14,7 @@ from transformers import DataCollatorWithFlattening, DataCollatorWithPadding
 
 from grades_hf.ending import Rows
 from grades_hf.ending.rows import TRIED
+from grades_hf.parallel.ranks import Ranks
 from tests.ending import loops
 from tests.ending.loops import HELD_OUT, all_losses
 
@@ -220,3 +221,27 @@ def test_every_source_gives_the_same_rows_each_time(source: Any, number: int) ->
     expected = [model(input_ids=row[None], labels=row[None]).loss.item() for row in HELD_OUT]
     assert all(min(abs(loss - other) for other in expected) < 1e-5 for loss in losses)
     assert len(losses) == min(number, len(HELD_OUT))
+
+
+@pytest.mark.parametrize(
+    ("rows", "at_once", "first", "number"),
+    [
+        (128, 8, 32, 2),
+        (128, 1, 32, 2),
+        (128, 64, 32, 2),  # batches are no larger than a quarter
+        (128, 1000, 32, 2),
+        (100, 48, 25, 2),
+        (70, 8, 22, 2),
+        (40, 8, 16, 2),
+        (40, 64, 40, 1),  # too few for a quarter
+        (20, 8, 20, 1),
+        (17, 17, 17, 1),
+        (2, 8, 2, 1),
+    ],
+)
+def test_the_first_part_of_a_look_is_a_quarter_if_that_says_something(rows, at_once, first, number):
+    model = loops.make("full").eval()
+    held = Rows([[{"input_ids": ids, "labels": ids} for ids in loops.rows(rows, 3)]], rows, at_once=at_once)
+    parts = held.parts(model, Ranks(model))
+    assert [len(parts), sum(size for size, _ in parts[0])] == [number, first]
+    assert len(all_losses(held, model)) == rows

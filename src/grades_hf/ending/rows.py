@@ -84,10 +84,8 @@ class Rows:
             if ranks.number > 1:  # all ranks make as many passes
                 together = all(ranks.gather([float(together)]))
             self.put_together(together)
-        first = self._batches[::PART]
-        if sum(number for number, _ in first) < FEWEST:
-            return [self._batches]
-        return [first, [batch for i, batch in enumerate(self._batches) if i % PART]]
+        first, rest = self._batches[::PART], [batch for i, batch in enumerate(self._batches) if i % PART]
+        return [first, rest] if rest and sum(number for number, _ in first) >= FEWEST else [self._batches]
 
     def losses(self, model: nn.Module, ranks: Ranks, part: Batches) -> list[float]:
         """The loss of each row of a part, in their order; the ranks share them out."""
@@ -106,7 +104,8 @@ class Rows:
         """Whether several rows pass through the model at once from now on."""
         self.together = together
         if together:
-            self._batches = self._collated(self._at_once)
+            quarter = len(self) // PART
+            self._batches = self._collated(min(self._at_once, quarter) if quarter >= FEWEST else self._at_once)
 
     def _try(self, model: nn.Module) -> bool:
         """Whether the rows of the first batch say what each says alone."""
