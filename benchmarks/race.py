@@ -1,7 +1,7 @@
 """May GradES without a tau be trusted? It and other ways of spending less, judged on the same training runs.
 
     python -m benchmarks.race --model DIR --data-dir DIR
-    python -m benchmarks.race --model DIR --data-dir DIR --only SmolLM2 --seeds 10
+    python -m benchmarks.race --model DIR --data-dir DIR --only SmolLM2 --seeds 10 11
 
 DIR of --model holds stories260k (a Llama of 260,032 parameters), that of --data-dir the benchmarks as
 `<task>/train.jsonl.gz` and `validation.jsonl.gz`, and `digits/*.parquet`. One run of each setting of
