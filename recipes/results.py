@@ -35,14 +35,15 @@ def tell(results: dict[str, Any]) -> list[str]:
     """What a run did, in a few sentences."""
     ran, planned = results["steps_run"], results["steps_planned"]
     lines = [f"Training made {ran} of {planned} planned steps in {results['seconds']['training']:.0f} s."]
-    if "frozen" in results:
+    early = f"ended the run {planned - ran} steps early." if ran < planned else ""
+    if "frozen" in results and results["tau"] is None:
+        lines.append(f"GradES {early or 'saw no reason to end the run early, so all planned steps were made.'}")
+    elif "frozen" in results:
         steps, number = sorted(results["frozen"].values()), results["components"]
         when = f", the first at step {steps[0]} and the last at step {steps[-1]}" if steps else ""
         lines.append(f"GradES froze {len(steps)} of {number} matrices{when}.")
-        if ran < planned:
-            lines.append(f"It ended the run {planned - ran} steps early.")
-        elif not steps and results["tau"] is None:
-            lines.append("It saw no reason to end the run early, so all steps were trained as planned.")
+        if early:
+            lines.append(f"It {early}")
     if "compute" in results:
         lines.append(f"The run used {1 - results['compute']['saved']:.1%} of the compute of all planned steps.")
     for name, form in (("loss", ".3f"), ("acc", ".1%"), ("acc_norm", ".1%")):

@@ -102,7 +102,7 @@ def test_without_options_it_trains_and_says_what_came_of_it(
     file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith(("tau", "alp"))))
     results = finetune.main(config)
     assert results["tau"] is None
-    assert "It saw no reason to end the run early, so all steps were trained" in capsys.readouterr().out
+    assert "GradES saw no reason to end the run early, so all planned steps were made." in capsys.readouterr().out
     with pytest.raises(SystemExit):
         finetune.main([*config, "--held_out_rows", "0"])
     assert "held_out_rows=0, but without a tau GradES looks at the loss" in capsys.readouterr().err

@@ -22,11 +22,12 @@ def test_a_run_in_sentences() -> None:
         "The loss on the held-out rows is 4.000 before and 3.000 after training.",
         "acc on siqa is 50.0% after training.",
     ]
-    whole = {**RUN, "steps_run": 8, "frozen": {}, "tau": None}
-    assert tell(whole)[1:3] == [
-        "GradES froze 0 of 3 matrices.",
-        "It saw no reason to end the run early, so all steps were trained as planned.",
-    ]
+    looked = {**RUN, "frozen": {}, "tau": None}
+    assert tell(looked)[1] == "GradES ended the run 2 steps early."
+    whole = {**looked, "steps_run": 8}
+    assert tell(whole)[1] == "GradES saw no reason to end the run early, so all planned steps were made."
+    assert not [line for line in tell(whole) if "froze" in line]
+    assert tell({**RUN, "steps_run": 8, "frozen": {}})[1] == "GradES froze 0 of 3 matrices."
     plain = {name: value for name, value in whole.items() if name not in ("frozen", "compute", "tau")}
     assert not [line for line in tell(plain) if "GradES" in line or "compute" in line]
 
