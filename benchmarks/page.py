@@ -119,10 +119,10 @@ def looks(row: dict[str, Any]) -> str:
     return (
         f"Without a tau, a pass over {row['look_rows']} held-out rows (eight at once, each as long as those that are "
         f"trained on) takes as long as {steps:.0f} of these small steps. A look takes a quarter of it where the run "
-        f"clearly learns, and at most two; in the race it took {race_page.passes(load('race')['results']['runs']):.2f} "
-        f"in the mean. {number} looks are due in a run that goes on to its end, and at most {MOST} are made: {number} "
-        f"of the mean take {percent(looks_share(row, 1_000))} of a run of 1,000 such steps and "
-        f"{percent(looks_share(row, 10_000))} of one of 10,000.\n"
+        f"clearly learns, and at most two; in the runs of the race that went on to their end it took {passes():.2f} in "
+        f"the mean. {number} looks are due in such a run, and at most {MOST} are made: {number} of the mean take "
+        f"{percent(looks_share(row, 1_000))} of a run of 1,000 such steps and {percent(looks_share(row, 10_000))} of "
+        "one of 10,000.\n"
     )
 
 
@@ -133,8 +133,11 @@ def looks_due() -> int:
 
 def looks_share(row: dict[str, Any], run: int) -> float:
     """The part of a run of so many steps that those looks take, each as many passes as in the mean of the race."""
-    passes = race_page.passes(load("race")["results"]["runs"])
-    return float(looks_due() * passes * row["look_steps"]["median"] / run)
+    return float(looks_due() * passes() * row["look_steps"]["median"] / run)
+
+
+def passes() -> float:
+    return race_page.passes(load("race")["results"]["runs"])
 
 
 def versions(results: dict[str, Any], commit: str) -> str:

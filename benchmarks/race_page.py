@@ -260,11 +260,12 @@ def meaning(rows: Sequence[Row]) -> str:
 
 
 def passes(runs: Sequence[dict[str, Any]]) -> float:
-    """How often all held-out rows pass through the model in a look, in the mean of all looks of the default."""
+    """How often all held-out rows pass through the model in a look, in the mean of the runs that no look has ended."""
     found = [
         look["rows"] / SETTINGS[run["key"]["setting"]].looks * (1 + (look["loss"] is not None))
         for run in runs
-        for look in run["looks"] or ()
+        if run["looks"] and not run["looks"][-1]["ended"]
+        for look in run["looks"]
     ]
     return statistics.fmean(found)
 
