@@ -97,7 +97,7 @@ def parse(types: tuple[Any, ...], argv: list[str], description: str) -> tuple[An
 
 
 def check(model: Any, training: Any, dry_run: bool) -> None:
-    """Refuse what cannot be, find the checkpoint that `resume_from_checkpoint` means, and make `output_dir`.
+    """Refuse a base in 4 or 8 bits where it cannot be, and find the checkpoint that `resume_from_checkpoint` means.
 
     Args:
         model: TRL's ModelConfig.
@@ -105,15 +105,23 @@ def check(model: Any, training: Any, dry_run: bool) -> None:
         dry_run: Whether nothing is really trained.
 
     Raises:
-        ValueError: a base in 4 or 8 bits shall be trained, or lacks a package or an accelerator; the checkpoint is not
-            complete; or `output_dir` cannot be written.
+        ValueError: all weights shall be trained, a package or an accelerator is missing, or the checkpoint is not
+            complete.
     """
     _check_bits(model, dry_run)
     _find_checkpoint(training)
+
+
+def make_directory(output: Path) -> None:
+    """Make `output_dir`.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
     try:
-        Path(training.output_dir).mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"output_dir={training.output_dir!r} cannot be written: {error}. Pass another one.") from error
+        raise ValueError(f"output_dir={str(output)!r} cannot be written: {error}. Pass another one.") from error
 
 
 def _check_bits(model: Any, dry_run: bool) -> None:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
 from grades_hf import GradESConfig, History
-from recipes.arguments import hushed, thresholds
+from recipes.arguments import hushed, make_directory, thresholds
 
 if TYPE_CHECKING:
     from recipes.finetune import Plan
@@ -49,7 +49,9 @@ CHAT = (
 def shrink(plan: Plan) -> None:
     """Change a run into a few steps of a small model on its shortest rows, in a directory of its own."""
     training = plan.training
-    training.output_dir = str(Path(str(training.output_dir)) / "dry_run")
+    output = Path(str(training.output_dir))
+    make_directory(output)
+    training.output_dir = str(output / "dry_run")
     training.max_steps, training.report_to, training.disable_tqdm = STEPS, [], True
     training.logging_strategy = type(training.logging_strategy)("no")
     training.save_strategy, training.eval_strategy = (

@@ -30,7 +30,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from grades_hf import GradESConfig, GradESTrainerMixin
 from recipes import dry_run, pypi
-from recipes.arguments import GradESArguments, check, command, grades_config, option, parse, thresholds
+from recipes.arguments import GradESArguments, check, command, grades_config, make_directory, option, parse, thresholds
 from recipes.results import of_run, side_by_side, tell
 from recipes.tasks import accuracy, rows
 
@@ -49,7 +49,7 @@ class RecipeArguments(rows.DataArguments):
 
 @dataclass
 class Plan:
-    """A run whose arguments and rows have been checked. No model is loaded so far.
+    """A run whose arguments and rows have been checked. Nothing is loaded into memory so far.
 
     Attributes:
         location: What `from_pretrained` takes: a directory, or a hub id.
@@ -117,6 +117,7 @@ def build(plan: Plan, grades: GradESConfig | None, output: Path, kind: Any = Non
     """
     training: Any = copy.copy(plan.training)
     training.output_dir = str(output)
+    make_directory(output)
     training.model_init_kwargs = {
         **(training.model_init_kwargs or {}),
         "revision": plan.model.model_revision,
