@@ -85,7 +85,7 @@ def load(arguments: Any, training: Any, offline: bool = False) -> tuple[Dataset,
             raise ValueError(f"held_out_rows={number} must be less than the {len(train)} rows that there are.")
         held_out = train.select(range(number)) if number else None
         train = train.select(range(number, len(train)))
-    if "messages" in train.column_names and not training.assistant_only_loss:  # after the split: no one is in both
+    if not training.assistant_only_loss:  # after the split, so that no conversation is on both sides
         train, held_out = by_answer(train), None if held_out is None else by_answer(held_out)
     if arguments.train_rows is not None:
         if arguments.train_rows < 1:
@@ -169,18 +169,20 @@ def named(rows: Dataset, arguments: Any) -> Dataset:
     return rows
 
 
-def by_answer(conversations: Dataset) -> Dataset:
-    """A row for each answer of the assistant, so that the loss is on the answers, whatever the chat template.
+def by_answer(rows: Dataset) -> Dataset:
+    """Of conversations a row for each answer of the assistant: the loss is on the answers, whatever the chat template.
 
     With `assistant_only_loss` a conversation stays whole instead, and TRL finds the answers by the template.
 
     Raises:
         ValueError: there is no answer.
     """
-    found = conversations.map(_turns, batched=True, remove_columns=conversations.column_names)
+    if "messages" not in rows.column_names:
+        return rows
+    found = rows.map(_turns, batched=True, remove_columns=rows.column_names)
     if not len(found):
         raise ValueError("messages: no conversation has an answer whose role is 'assistant'.")
-    silent = sum(not _turns({"messages": [messages]})["prompt"] for messages in conversations["messages"])
+    silent = sum(not _turns({"messages": [messages]})["prompt"] for messages in rows["messages"])
     if silent:
         what = "conversation has" if silent == 1 else "conversations have"
         logger.warning("%d %s no answer whose role is 'assistant', and nothing is learned from it.", silent, what)

@@ -134,6 +134,11 @@ def test_no_conversation_is_trained_on_and_held_out(tmp_path: Path, caplog: pyte
     assert len(told[0] | told[1]) == 10
     assert len(train) + len(held_out) == 40
     assert "1 conversation has no answer whose role is 'assistant'" in caplog.text
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS[:3])
+    train, held_out, _ = load(data=str(file), eval_data=str(pairs))
+    assert (len(train), held_out and len(held_out)) == (40, 3)
+    train, held_out, _ = load(data=str(pairs), eval_data=str(file))
+    assert (len(train), held_out and len(held_out)) == (3, 40)
 
 
 @pytest.mark.parametrize(
