@@ -136,6 +136,12 @@ def looks_share(row: dict[str, Any], run: int) -> float:
     return float(looks_due() * passes() * row["look_steps"]["median"] / run)
 
 
+def enough(row: dict[str, Any], goal: float) -> str:
+    """How many steps a run must have for statistic, average and looks to take no more than this part of it."""
+    left = goal - row["hook_share"]["median"]
+    return f"{math.ceil(looks_share(row, 1_000) / left):,},000" if left > 0 else "no number of"
+
+
 def passes() -> float:
     return race_page.passes(load("race")["results"]["runs"])
 
@@ -247,6 +253,7 @@ def steps(found: dict[str, Any]) -> list[str]:
     ]
 
 
+GOALS = {"full": 0.03, "lora": 0.01}  # the part of a run that a run without a tau may take more, at most
 WAYS = {"peer": "peer: PyPI package `grades`", "default": "default, no tau (looks not included)"}
 TITLES = {"full": "All weights", "lora": "LoRA of rank 16 on all linear layers"}
 
@@ -334,6 +341,7 @@ def figures() -> dict[str, str]:
     return {
         **{f"default_{mode}": percent(rows["default"]["hook_share"]["median"]) for mode, rows in watching.items()},
         **{f"looks_{mode}": percent(looks_share(rows["default"], 10_000)) for mode, rows in watching.items()},
+        **{f"enough_{mode}": enough(rows["default"], GOALS[mode]) for mode, rows in watching.items()},
         "top_block": ratio(cost["full, checkpointing none"][top]["flops_ratio"]),
         "top_block_checkpointing": ratio(cost["full, checkpointing non-reentrant"][top]["flops_ratio"]),
         "forward": ratio(cost["full, checkpointing none"]["forward pass alone"]["flops_ratio"]),
