@@ -85,7 +85,8 @@ class Rows:
                 together = all(ranks.gather([float(together)]))
             self.put_together(together)
         first, rest = self._batches[::PART], [batch for i, batch in enumerate(self._batches) if i % PART]
-        return [first, rest] if rest and sum(number for number, _ in first) >= FEWEST else [self._batches]
+        enough = all(sum(number for number, _ in part) >= FEWEST for part in (first, rest))
+        return [first, rest] if enough else [self._batches]
 
     def losses(self, model: nn.Module, ranks: Ranks, part: Batches) -> list[float]:
         """The loss of each row of a part, in their order; the ranks share them out."""
@@ -135,7 +136,9 @@ class Rows:
         with ByRow(number) as rows:
             loss = self._loss(model, batch).detach().reshape(-1).mean()
         found = rows.of(loss)
-        return (loss.reshape(1) if found is None else found).double().cpu()
+        if found is None:  # a mean that is no number is that of no row, and equals none
+            found = loss.reshape(1) if loss.isfinite() else loss.new_full((number,), torch.nan)
+        return found.double().cpu()
 
 
 class Function:
