@@ -46,8 +46,8 @@ class HeldRows(ending.Rows):
         self.rows, self.passed = rows, 0
         self.put_together(True)
 
-    def losses(self, model: nn.Module, ranks: Ranks, part: ending.Batches) -> list[float]:
-        chosen = torch.cat([batch for _, batch in part])
+    def losses(self, model: nn.Module, ranks: Ranks, part: ending.Part) -> list[float]:
+        chosen = torch.cat([batch for _, batch in part.alone])
         self.passed += len(chosen)
         found: list[float] = losses(model, take(self.rows, chosen))[0].tolist()
         return found

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import typing
 import warnings
 from collections.abc import Iterator
@@ -105,9 +106,11 @@ def check(model: Any, training: Any, dry_run: bool) -> None:
         dry_run: Whether nothing is really trained.
 
     Raises:
-        ValueError: all weights shall be trained, a package or an accelerator is missing, or the checkpoint is not
-            complete.
+        ValueError: the model goes by another argument, all weights shall be trained, a package or an accelerator is
+            missing, or the checkpoint is not complete.
     """
+    if model.model_name_or_path is not None:
+        raise ValueError(f"model_name_or_path={model.model_name_or_path!r}: here the argument is called --model.")
     _check_bits(model, dry_run)
     _find_checkpoint(training)
 
@@ -120,6 +123,7 @@ def make_directory(output: Path) -> None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise ValueError(f"output_dir={str(output)!r} cannot be written: {error}. Pass another one.") from error
 
@@ -155,7 +159,7 @@ def thresholds(model: Any, grades: GradESConfig) -> dict[str, float]:
         ValueError: the thresholds do not fit the model.
     """
     with hushed():  # the engine of the run says the same
-        engine = GradES(model, grades, total_steps=1)
+        engine = GradES(model, grades, total_steps=10**6)  # the run's are not known here, and change no threshold
     engine.close()
     return {component["name"]: component["tau"] for component in engine.history.components}
 

@@ -212,7 +212,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with command("finetune.py"):
         plan = prepare(sys.argv[1:] if argv is None else argv)
         output = Path(str(plan.training.output_dir))
-        if plan.recipe.dry_run and plan.grades is not None and plan.grades.tau is not None:
+        shown = plan.recipe.dry_run and not plan.arguments.observe
+        if shown and plan.grades is not None and plan.grades.tau is not None:
             plan.grades = dry_run.fitting(plan.grades, build(plan, plan.grades, output))
         trainer = build(plan, plan.grades, output)
         with dry_run.quiet() if plan.recipe.dry_run else contextlib.nullcontext():

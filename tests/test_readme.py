@@ -68,7 +68,6 @@ def test_python_blocks_run(page, hub, short_runs, text_dataset, tmp_path, monkey
     for line, source in found:
         model = namespace.get("model")
         if model is not None:
-            model.train()
             trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
             namespace["optimizer"] = torch.optim.AdamW(trainable, lr=1e-3)
             namespace["loader"] = DataLoader(dataset, batch_size=8, collate_fn=default_data_collator)

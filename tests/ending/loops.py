@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grades_hf import GradES, GradESConfig
-from grades_hf.ending import Batches, Rows
+from grades_hf.ending import Part, Rows
 from grades_hf.parallel.ranks import Ranks
 from tests import small
 
@@ -56,8 +56,9 @@ def batch(step: int, rank: int = 0, ranks: int = 1) -> dict[str, Tensor]:
 class Whole(Rows):
     """Rows that a look takes all at once."""
 
-    def parts(self, model: nn.Module, ranks: Ranks) -> list[Batches]:
-        return [[batch for part in super().parts(model, ranks) for batch in part]]
+    def parts(self, model: nn.Module, ranks: Ranks) -> list[Part]:
+        parts = super().parts(model, ranks)
+        return [Part([b for part in parts for b in part.batches], [b for part in parts for b in part.alone])]
 
 
 def all_losses(held: Rows, model: nn.Module) -> list[float]:

@@ -169,10 +169,10 @@ class Parts(Rows):
         self.put_together(True)
 
     def losses(self, model, ranks, part):
-        rows = torch.cat([batch for _, batch in part])
+        rows = torch.cat([batch for _, batch in part.alone])
         self.asked.append(len(rows))
         mean = next(self.means, -1000.0 * len(self.asked))  # from then on every average has learned
-        noise = 0.001 * len(self.asked) * ((rows % 2) - 0.5)  # so that differences have an error
+        noise = 0.001 * len(self.asked) * ((rows // 4 % 2) - 0.5)  # so that differences have an error
         return (mean + noise + rows).tolist()
 
 
@@ -427,8 +427,10 @@ def test_rows_without_labels_are_left_out(masked, caplog, tmp_path):
 
 
 def test_rows_without_labels_are_told_of_when_a_look_meets_them(caplog):
-    train("full", GradESConfig(), held_out=held_out_with([0, 17]))  # 17 is in no first quarter
-    assert caplog.text.count("1 of 16 held-out rows") == caplog.text.count("have no finite loss") == 1
+    held = held_out_with([0, 17])
+    rows = [*held, *held]
+    train("full", GradESConfig(), held_out=rows)  # 0 and 40 are in the first quarter, 17 and 57 are not
+    assert caplog.text.count("2 of 20 held-out rows") == caplog.text.count("have no finite loss") == 1
 
 
 def test_losses_that_are_all_no_numbers_are_told_and_recorded(caplog, tmp_path):
@@ -443,3 +445,49 @@ def test_losses_that_are_all_no_numbers_are_told_and_recorded(caplog, tmp_path):
     assert (look["rows"], look["average_loss"]) == (0, None)
     assert "no row has a finite loss" in sentence(history)
     assert "no row has a finite loss" in to_html([Run(tmp_path, "run", history, {})])
+
+
+def test_labels_that_only_the_quarter_lacks_do_not_keep_a_run_from_ending():
+    held = [*dataset(), *dataset()]
+    masked = [
+        {**row, "labels": torch.full_like(row["labels"], -100)} if i % 4 == 0 else row for i, row in enumerate(held)
+    ]
+    run = train("full", GradESConfig(), held_out=masked)
+    assert run.engine.done
+    assert {look["rows"] for look in run.engine.ending.looks} == {60}
+
+
+def test_a_function_that_returns_other_rows_is_compared_with_nothing(caplog):
+    numbers = iter([50, 50, 49, 50])
+
+    def losses(model):
+        return torch.linspace(9, 1, 50)[: next(numbers, 50)]  # one row fewer looks like other losses
+
+    engine = rule(losses)
+    assert not engine.done
+    assert [look["ended"] for look in engine.ending.looks] == [False] * len(engine.ending.looks)
+    assert engine.ending.looks[1]["difference"] is None
+    assert "gives 49 losses now and gave 50 before" in caplog.text
+
+
+def test_other_rows_after_a_resume_are_compared_with_nothing(caplog):
+    held = [*dataset(), *dataset()]
+    first = train("full", GradESConfig(), held_out=held, steps=14)
+    looks = len(first.engine.ending.looks)
+    assert looks
+    state = first.engine.state_dict()
+    first.engine.close()
+    for rows, at_once, same in ((80, 3, True), (70, 8, False)):
+        engine = GradES(first.model, GradESConfig(), total_steps=STEPS, held_out=Rows([held], rows, at_once=at_once))
+        engine.load_state_dict(state)
+        look = engine.ending._look(engine.extension("average"))
+        assert (look["since"] is not None) == same
+        assert ("gave 80 before" in caplog.text) != same
+        if same:  # the losses are those of the same rows, so of a spread that pairing takes away
+            assert look["since_error"] < 0.3 * torch.tensor(engine.ending._before).std() / math.sqrt(look["rows"])
+        engine.close()
+
+
+def test_that_rows_are_left_out_is_said_once_also_after_a_resume(caplog):
+    train("full", GradESConfig(), held_out=Whole([held_out_with([0])], 128), resume_after=[15])
+    assert caplog.text.count("have no finite loss") == 1

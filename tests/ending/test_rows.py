@@ -228,12 +228,13 @@ def test_every_source_gives_the_same_rows_each_time(source: Any, number: int) ->
     [
         (128, 8, 32, 2),
         (128, 1, 32, 2),
-        (128, 64, 32, 2),  # batches are no larger than a quarter
+        (128, 64, 32, 2),
         (128, 1000, 32, 2),
         (100, 48, 25, 2),
-        (70, 8, 22, 2),
-        (40, 8, 16, 2),
-        (40, 64, 40, 1),  # too few for a quarter
+        (70, 8, 18, 2),
+        (61, 8, 16, 2),
+        (60, 8, 60, 1),  # too few for a quarter
+        (33, 32, 33, 1),
         (20, 8, 20, 1),
         (17, 17, 17, 1),
         (2, 8, 2, 1),
@@ -243,5 +244,48 @@ def test_the_first_part_of_a_look_is_a_quarter_if_that_says_something(rows, at_o
     model = loops.make("full").eval()
     held = Rows([[{"input_ids": ids, "labels": ids} for ids in loops.rows(rows, 3)]], rows, at_once=at_once)
     parts = held.parts(model, Ranks(model))
-    assert [len(parts), sum(size for size, _ in parts[0])] == [number, first]
+    assert [len(parts), sum(size for size, _ in parts[0].batches)] == [number, first]
     assert len(all_losses(held, model)) == rows
+
+
+def test_a_quarter_has_rows_of_every_source_and_of_all_of_it() -> None:
+    held = Rows([range(40), range(100, 140)], 40, at_once=32)
+    parts = held.parts(loops.make("full"), Ranks(loops.make("full"))) if held.put_together(True) is None else []
+    rows = [[int(row) for _, batch in part.batches for row in batch] for part in parts]
+    assert rows[0] == [*range(0, 40, 4), *range(100, 140, 4)]
+    assert sorted(rows[0] + rows[1]) == [*range(40), *range(100, 140)]
+    assert [[int(batch) for _, batch in part.alone] for part in parts] == rows
+
+
+@pytest.mark.parametrize("bad", [3, 9])
+def test_a_row_without_a_finite_loss_takes_no_others_of_its_batch_with_it(bad: int) -> None:
+    model, rows = Reduced("mean over rows").eval(), texts()
+    loader: Any = DataLoader(rows, batch_size=8, collate_fn=padded)  # type: ignore[arg-type]
+    held = Rows([loader], 128)
+    with torch.no_grad():
+        expected = all_losses(held, model)
+        assert held.together
+        with torch.no_grad():
+            model.inner.model.embed_tokens.weight[61] = torch.nan  # type: ignore[union-attr, index]
+        rows[bad]["input_ids"][0] = 61
+        again = Rows([loader], 128)
+        again.put_together(True)
+        losses = all_losses(again, model)
+    assert [i for i, loss in enumerate(losses) if loss != loss] == [bad]
+    assert losses[:bad] + losses[bad + 1 :] == pytest.approx(expected[:bad] + expected[bad + 1 :], rel=1e-5)
+
+
+def test_a_sum_that_the_caller_divides_is_told_apart() -> None:
+    """As transformers' models do where Trainer counts the tokens of a batch."""
+
+    class Counting(Computed):
+        def forward(self, **batch: Any) -> Any:
+            return self.inner(**batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
+
+    model, rows = Counting("").eval(), texts()
+    loader: Any = DataLoader(rows, batch_size=8, collate_fn=padded)  # type: ignore[arg-type]
+    held = Rows([loader], 128)
+    with torch.no_grad():
+        losses = all_losses(held, model)
+        assert losses == pytest.approx([model(**padded([row])).loss.item() for row in rows], rel=1e-5)
+    assert held.together

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from grades_hf import GradES, GradESConfig
-from grades_hf.ending import Batches, Rows
+from grades_hf.ending import Part, Rows
 from grades_hf.parallel.ranks import Ranks
 from tests.ending import loops
 
-ROWS, AT_ONCE = 72, 8
-QUARTER = [*range(8), *range(32, 40), *range(64, 72)]  # every fourth batch of eight
+ROWS = 72
+QUARTER = [*range(0, ROWS, 4)]
 
 
 class Told(Rows):
@@ -28,14 +28,14 @@ class Told(Rows):
         self.average: list[float] = []
         self.present: list[float] = []
 
-    def parts(self, model: nn.Module, ranks: Ranks) -> list[Batches]:
-        self.asked = 0
+    def parts(self, model: nn.Module, ranks: Ranks) -> list[Part]:
+        self.asked: list[int] = []
         return super().parts(model, ranks)
 
-    def losses(self, model: nn.Module, ranks: Ranks, part: Batches) -> list[float]:
-        told = self.present if self.asked % 2 else self.average  # by turns
-        self.asked += 1
-        return [told[int(row)] for _, batch in part for row in batch]
+    def losses(self, model: nn.Module, ranks: Ranks, part: Part) -> list[float]:
+        told = self.present if id(part) in self.asked else self.average  # each part has the average first
+        self.asked.append(id(part))
+        return [told[int(row)] for _, batch in part.alone for row in batch]
 
 
 class Twin:
@@ -46,15 +46,20 @@ class Twin:
 
     def look(self, average: list[float], present: list[float]) -> tuple[int, bool, bool]:
         """How many rows were taken, whether the loss of the weights as they are counts, and whether the run ends."""
-        before, rest = self.before, [row for row in range(ROWS) if row not in QUARTER]
+        before = self.before
         self.before = {row: average[row] for row in QUARTER}
+        if self.known(QUARTER, average) < 16:
+            return self.all(average, present, before)
         if self.compared(average, before, QUARTER) is None or self.learns(average, before, QUARTER, 2.0):
             return self.known(QUARTER, average), False, False
         if not self.worse(average, present, before, QUARTER, 0.0):
             return self.known(QUARTER, average), True, False
-        everything = QUARTER + rest
+        return self.all(average, present, before)
+
+    def all(self, average: list[float], present: list[float], before: dict[int, float]) -> tuple[int, bool, bool]:
+        everything = QUARTER + [row for row in range(ROWS) if row not in QUARTER]
         self.before = {row: average[row] for row in everything}
-        if self.learns(average, before, everything, 3.0):
+        if self.compared(average, before, everything) is None or self.learns(average, before, everything, 3.0):
             return self.known(everything, average), False, False
         return self.known(everything, average), True, self.worse(average, present, before, everything, 3.0)
 

@@ -172,3 +172,20 @@ def test_thresholds_that_do_not_fit_are_refused_by_a_dry_run(
         tried("qwen3_0.6b_full", tmp_path, "--data_dir", data_dir, "--tau", '{"vision": 1}')
     assert "tau has the key 'vision', which matches no component" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["dry_run"]
+
+
+def test_a_dry_run_that_observes_freezes_nothing_and_a_threshold_is_no_false_alarm(
+    tmp_path: Path, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_jsonl(
+        tmp_path / "rows.jsonl", [{"text": f"Once upon a time there was number {i}."} for i in range(40)]
+    )
+    options = ["--data", str(file), "--output_dir", str(tmp_path / "out"), "--dry_run", "true", "--tau", "1"]
+    results = finetune.main(["--model", str(tiny_model_dir), *options, "--observe", "true"])
+    assert results["frozen"] == {}
+    caplog.clear()
+    assert finetune.main(["--model", str(tiny_model_dir), *options])["frozen"]
+    assert "nothing can freeze" not in caplog.text
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main(["--model_name_or_path", str(tiny_model_dir), *options])
+    assert "here the argument is called --model" in capsys.readouterr().err

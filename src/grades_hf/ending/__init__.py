@@ -2,6 +2,6 @@
 
 from .average import Average
 from .ending import Ending
-from .rows import Batches, HeldOut, RowLosses, Rows
+from .rows import HeldOut, Part, RowLosses, Rows
 
-__all__ = ["Average", "Batches", "Ending", "HeldOut", "RowLosses", "Rows"]
+__all__ = ["Average", "Ending", "HeldOut", "Part", "RowLosses", "Rows"]

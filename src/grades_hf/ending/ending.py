@@ -14,7 +14,7 @@ from ..contracts import Extension, Run, Step
 from ..criteria import Rise
 from .average import Average
 from .look import seed, unseen
-from .rows import Function, HeldOut, Rows
+from .rows import FEWEST, Function, HeldOut, Part, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ OF_A_QUARTER = 2.0  # those by which a quarter of the rows says that the run lea
 FIRST_STEP = 10
 MOST = 12  # looks in a run
 
+_Checked = tuple[list[dict[str, Any]], float, bool | None, list[float], int, bool]
 _NUMBERS = ("step", "votes", "components", "rise", "rows")
 _COMPUTED_OR_NOT = ("average_loss", "loss", "difference", "error", "since", "since_error")
 
@@ -57,6 +58,7 @@ class Ending(Extension):
     A look begins with a quarter of the rows. The first look is over then: it only notes the losses. So is one whose
     quarter says that the run still learns (by two of its standard errors, which are twice as large), or that the
     weights are no worse in the mean. Only the other looks take the rest of the rows, and only they can end the run.
+    A quarter of fewer than 16 rows, or in which fewer have a finite loss, decides nothing.
 
     **Return.** The model holds the average as soon as the run has ended (`return_weights="last"`: what it held), and
     the update of that step does not touch it any more.
@@ -82,6 +84,7 @@ class Ending(Extension):
         self.looks: list[dict[str, Any]] = []
         self.share = 0.0
         self._before: list[float] = []  # losses of the rows with the average of the last look
+        self._number = 0  # of the rows that look could have taken; of other rows, nothing is compared
         self._together: bool | None = None  # what the rows say of it; None before the first look
         self._told = False  # that rows are left out
 
@@ -146,15 +149,27 @@ class Ending(Extension):
         with unseen(run.model), run.extension("meter").look():
             parts = self._rows.parts(run.model, run.ranks)
             self._together = self._rows.together
+            due: list[Part] = []  # parts that the weights as they are have not passed yet
             for part in parts:
                 with average.installed():
                     now += self._losses(part)
+                due.append(part)
                 whole = part is parts[-1]
+                if not whole and len(_finite(now)) < FEWEST:
+                    continue
+                number = len(self._rows) if isinstance(self._rows, Rows) else len(now)
+                if before and number != self._number:
+                    before = self._other_rows(number, self._number)
                 since, since_error = _paired(now, before)
+                ended = False
                 if since is None or since + (MARGIN if whole else OF_A_QUARTER) * since_error < 0:
-                    ended, present = False, []
+                    present = []
                     break
-                present += self._losses(part)
+                present += [loss for each in due for loss in self._losses(each)]
+                due.clear()
+                if len(present) != len(now):
+                    present = self._other_rows(len(present), len(now))
+                    break
                 (difference, error), (worse, _) = _paired(now, present), _paired(present, before)
                 loses = difference is not None and difference + (MARGIN if whole else 0.0) * error < 0
                 ended = loses and worse is not None and worse > 0
@@ -162,7 +177,7 @@ class Ending(Extension):
                     break
         self._tell_left_out(now)
         difference, error = _paired(now, present)
-        self._before = now
+        self._before, self._number = now, number
         return {
             "rows": len(_finite(now)),
             "average_loss": _mean(now) if _finite(now) else None,
@@ -174,16 +189,19 @@ class Ending(Extension):
             "ended": ended,
         }
 
-    def _losses(self, part: Any) -> list[float]:
-        run = self._run
+    def _losses(self, part: Part) -> list[float]:
         seed()  # the same random numbers for both
-        losses: list[float] = self._rows.losses(run.model, run.ranks, part)
-        if len(losses) < 2:
-            raise ValueError(
-                f"held_out gives {len(losses)} loss(es), and a look needs at least two rows. Pass more held-out rows; "
-                "a function must return the loss of each row, a tensor of shape (rows,)."
-            )
+        losses: list[float] = self._rows.losses(self._run.model, self._run.ranks, part)
         return losses
+
+    def _other_rows(self, number: int, before: int) -> list[float]:
+        """No losses, since those there are cannot be compared."""
+        logger.warning(
+            "GradES step %d: held_out gives %d losses now and gave %d before. Only losses of the same rows can be "
+            "compared, so this look ends nothing. A function must return the losses of the same rows each time.",
+            *(self._run.t, number, before),
+        )
+        return []
 
     def _tell_left_out(self, losses: list[float]) -> None:
         finite = len(_finite(losses))
@@ -191,8 +209,8 @@ class Ending(Extension):
             self._told = True
             what = "They are left out of every look" if finite > 1 else "So no look can end this run"
             logger.warning(
-                "GradES: %d of %d held-out rows have no finite loss. A row has none where all of its labels are "
-                "masked: perhaps max_length cut the completion off. %s.",
+                "GradES: %d of %d held-out rows that were looked at have no finite loss. A row has none where all of "
+                "its labels are masked: perhaps max_length cut the completion off. %s.",
                 *(len(losses) - finite, len(losses), what),
             )
 
@@ -217,9 +235,10 @@ class Ending(Extension):
 
     def state_dict(self) -> dict[str, Any]:
         level = self._run.criterion.level
-        return {"looks": self.looks, "level": level, "before": self._before, "together": self._together}
+        noted = {"before": self._before, "number": self._number, "told": self._told}
+        return {"looks": self.looks, "level": level, "together": self._together, **noted}
 
-    def check(self, state: Mapping[str, Any]) -> tuple[list[dict[str, Any]], float, list[float], bool | None]:
+    def check(self, state: Mapping[str, Any]) -> _Checked:
         looks, level = [dict(look) for look in state["looks"]], float(state["level"])
         for look in looks:
             numbers = [*(look[name] for name in _NUMBERS), *(look[name] or 0.0 for name in _COMPUTED_OR_NOT)]
@@ -227,16 +246,18 @@ class Ending(Extension):
                 raise ValueError("the looks of a checkpoint hold what is no number.")
             _losses(look)
             look["step"] = int(look["step"])
-        before = [float(loss) for loss in state["before"]]
+        number, told = int(state.get("number", 0)), bool(state.get("told", False))
+        # Older states have no number, and the rows in another order: the next look only notes.
+        before = [float(loss) for loss in state["before"]] if number else []
         if not math.isfinite(level) or level <= 0:
             raise ValueError("the checkpoint's looks hold numbers that cannot be.")
         together = state.get("together")  # not in older states
         if together is not None and not isinstance(together, bool):
             raise ValueError("the checkpoint's looks do not say whether held-out rows go together.")
-        return looks, level, before, together
+        return looks, level, together, before, number, told
 
-    def load(self, checked: tuple[list[dict[str, Any]], float, list[float], bool | None]) -> None:
-        self.looks, self._run.criterion.level, self._before, self._together = checked
+    def load(self, checked: _Checked) -> None:
+        self.looks, self._run.criterion.level, self._together, self._before, self._number, self._told = checked
         if self._together is not None and isinstance(self._rows, Rows) and self._rows.size == 1:
             self._rows.put_together(self._together)
         self._run.history.looks = list(self.looks)

@@ -109,7 +109,8 @@ class Ranks(Extension):
             return rows
         parts: list[Any] = [None] * self.number
         dist.all_gather_object(parts, rows, group=self._group)
-        return rows if all(part == parts[0] for part in parts) else [row for part in parts for row in part]
+        same = all(repr(part) == repr(parts[0]) for part in parts)  # NaN does not equal itself
+        return rows if same else [row for part in parts for row in part]
 
     def add_shards(self, norms: Tensor, of: Sequence[Tensor], among: Sequence[Tensor]) -> Tensor:
         """Sums over whole tensors from sums over shards; one collective for all, made also where there is none.

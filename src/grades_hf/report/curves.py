@@ -114,7 +114,7 @@ def plot_votes(history: History) -> Any:
 def plot_looks(history: History) -> Any:
     """The held-out loss of each look, with the weights as they were and with their average."""
     alt = load_altair()
-    rows, most = [], max(look["rows"] for look in history.looks)
+    rows, most = [], max((look["rows"] for look in history.looks), default=0)
     for look in history.looks:
         margin = 3 * look["error"] if finite(look["error"]) else 0.0
         for which, loss, around in ((AVERAGED, look["average_loss"], margin), (PRESENT, look["loss"], 0.0)):
