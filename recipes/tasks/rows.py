@@ -145,7 +145,7 @@ def named(rows: Dataset, arguments: Any) -> Dataset:
     """Rows with `prompt` and `completion`, with `messages`, or with `text`, and what else TRL takes.
 
     Raises:
-        ValueError: the columns are missing, or a row has nothing in them.
+        ValueError: the columns are missing, or a row has nothing in them, or no conversation.
     """
     names = {name: getattr(arguments, f"{name}_column") for name in ("prompt", "completion", "messages", "text")}
     for kind in (("prompt", "completion"), ("messages",), ("text",)):
@@ -166,7 +166,21 @@ def named(rows: Dataset, arguments: Any) -> Dataset:
     empty = [number for number, row in enumerate(rows, start=1) if not all(row[name] for name in kind)]
     if empty:
         raise ValueError(f"row {empty[0]} has nothing in {' or '.join(names[name] for name in kind)}; fill or drop it.")
+    for number, row in enumerate(rows if kind == ("messages",) else (), start=1):
+        if not (isinstance(row["messages"], list) and all(map(_is_message, row["messages"]))):
+            raise ValueError(
+                f'row {number}: {names["messages"]} must be a list of {{"role": ..., "content": ...}}, and is '
+                f"{str(row['messages'])[:80]}."
+            )
     return rows
+
+
+def _is_message(message: Any) -> bool:
+    """Whether a message has a role and something said; ShareGPT's names and calls of tools count, too."""
+    if not isinstance(message, dict):
+        return False
+    said = any(message.get(name) is not None for name in ("content", "value", "tool_calls"))
+    return said and any(isinstance(message.get(name), str) for name in ("role", "from"))
 
 
 def by_answer(rows: Dataset) -> Dataset:
