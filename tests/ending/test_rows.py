@@ -250,7 +250,9 @@ def test_the_first_part_of_a_look_is_a_quarter_if_that_says_something(rows, at_o
 
 def test_a_quarter_has_rows_of_every_source_and_of_all_of_it() -> None:
     held = Rows([range(40), range(100, 140)], 40, at_once=32)
-    parts = held.parts(loops.make("full"), Ranks(loops.make("full"))) if held.put_together(True) is None else []
+    held.put_together(True)
+    model = loops.make("full")
+    parts = held.parts(model, Ranks(model))
     rows = [[int(row) for _, batch in part.batches for row in batch] for part in parts]
     assert rows[0] == [*range(0, 40, 4), *range(100, 140, 4)]
     assert sorted(rows[0] + rows[1]) == [*range(40), *range(100, 140)]
@@ -265,8 +267,7 @@ def test_a_row_without_a_finite_loss_takes_no_others_of_its_batch_with_it(bad: i
     with torch.no_grad():
         expected = all_losses(held, model)
         assert held.together
-        with torch.no_grad():
-            model.inner.model.embed_tokens.weight[61] = torch.nan  # type: ignore[union-attr, index]
+        model.inner.model.embed_tokens.weight[61] = torch.nan  # type: ignore[union-attr, index]
         rows[bad]["input_ids"][0] = 61
         again = Rows([loader], 128)
         again.put_together(True)

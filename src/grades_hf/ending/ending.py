@@ -58,7 +58,7 @@ class Ending(Extension):
     A look begins with a quarter of the rows. The first look is over then: it only notes the losses. So is one whose
     quarter says that the run still learns (by two of its standard errors, which are twice as large), or that the
     weights are no worse in the mean. Only the other looks take the rest of the rows, and only they can end the run.
-    A quarter of fewer than 16 rows, or in which fewer have a finite loss, decides nothing.
+    Where fewer than 16 rows of the quarter have a finite loss, a look takes the rest in any case.
 
     **Return.** The model holds the average as soon as the run has ended (`return_weights="last"`: what it held), and
     the update of that step does not touch it any more.
