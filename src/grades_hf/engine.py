@@ -276,6 +276,7 @@ class GradES:
         if self._undo is None:
             return
         self.flush()
+        words.tell_whole(self)
         undo, self._undo = self._undo, None
         for statistic in self.statistics.values():
             statistic.forget(list(statistic.previous))

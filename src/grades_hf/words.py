@@ -44,6 +44,12 @@ def conclude(run: GradES) -> str:
     return line + "."
 
 
+def tell_whole(run: GradES) -> None:
+    """Say what came of it where all planned steps were made: whoever waits for an early end sees why there was none."""
+    if run.ended is None and run.t >= run.total_steps and run.ranks.rank == 0:
+        logger.warning("GradES: %s", run.conclude())
+
+
 def counted(run: GradES) -> str:
     """How many components there are, in words: those that have never had a gradient do not count."""
     idle = len(run.components) - int(run.took_part.sum())

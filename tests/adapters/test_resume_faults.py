@@ -133,6 +133,7 @@ def test_grades_then_without_then_grades(options, tmp_path, caplog):
     lines = [r.getMessage() for r in caplog.records if "trained without GradES" in r.getMessage()]
     assert len(lines) == 1
     assert "steps 9 to 12 were trained without GradES" in lines[0]
+    assert ("frozen" in lines[0]) is not bool(options)
     series = callback.engine.history.values["model.layers.0.self_attn.k_proj"]
     if not options:
         assert callback.engine.history.steps == [*range(1, 9), *range(13, 17)]

@@ -258,7 +258,7 @@ def test_looks_are_due_on_a_schedule_that_gradients_can_only_bring_forward():
         assert after == pytest.approx(before * 1.5 if moved else before)
 
 
-def test_no_look_while_every_row_has_been_seen_once():
+def test_no_look_while_every_row_has_been_seen_once(caplog):
     config = GradESConfig()
     engine = train("full", config, epochs=True, held_out=Script(10.0, 9.0)).engine
     assert engine.ending.looks[0]["step"] > loops.ROWS / loops.BATCH
@@ -271,7 +271,8 @@ def test_no_look_while_every_row_has_been_seen_once():
         engine.step(epoch=step / STEPS)
         model.zero_grad()
     assert engine.ending.looks == []
-    assert "no look" in engine.conclude()
+    engine.close()
+    assert f"no look at held-out rows was due in {STEPS} of {STEPS} steps." in caplog.text
 
 
 def test_nothing_is_looked_at_in_the_grace_period():
@@ -431,6 +432,22 @@ def test_rows_without_labels_are_told_of_when_a_look_meets_them(caplog):
     rows = [*held, *held]
     train("full", GradESConfig(), held_out=rows)  # 0 and 40 are in the first quarter, 17 and 57 are not
     assert caplog.text.count("2 of 20 held-out rows") == caplog.text.count("have no finite loss") == 1
+
+
+@pytest.mark.parametrize(("number", "told"), [(15, True), (16, False)])
+@pytest.mark.parametrize("how", ["rows", "function"])
+def test_few_held_out_rows_are_told_of_once(number, told, how, caplog):
+    rows, function = dataset()[:number], lambda model: torch.linspace(1.0, 2.0, number)
+    engine = train("full", GradESConfig(), held_out=rows if how == "rows" else function).engine
+    assert len(engine.ending.looks) > 1
+    assert caplog.text.count(f"only {number} held-out losses") == told
+
+
+def test_a_run_that_no_look_ends_says_so_when_it_is_over(caplog):
+    engine = train("full", GradESConfig(), held_out=Script(*[10.0 - i for i in range(100)])).engine
+    assert "said to go on" not in caplog.text
+    engine.close()
+    assert caplog.text.count(f"looks at held-out rows in {STEPS} of {STEPS} steps said to go on") == 1
 
 
 def test_losses_that_are_all_no_numbers_are_told_and_recorded(caplog, tmp_path):

@@ -101,6 +101,7 @@ def test_a_run_without_a_tau_shows_votes_and_looks():
     assert "votes ▁▂▃▄▅▆▆▇██ 100% at the last; a look is due at 50%" in view
     assert re.search(r"^ +12 +4 of 6 +128 +2\.5200 +2\.5000 +\+0\.0200 ± 0\.0100 +go on", view, re.MULTILINE)
     assert re.search(r"^ +20 +6 of 6 +128 +2\.4000 +-0\.1200 +2\.6000 +-0\.2000 ± 0\.0100 +end", view, re.MULTILINE)
+    assert "its change since the last look" in " ".join(view.split())
     assert "tau" not in view
     assert "frozen" not in view
     assert re.search(r"attention +4 +[\d.]+ +[▁-█]", view)

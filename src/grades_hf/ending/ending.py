@@ -101,6 +101,8 @@ class Ending(Extension):
             raise ValueError(
                 "held_out gives only one loss, and a look needs at least two rows. Pass more held-out rows."
             )
+        if isinstance(self._rows, Rows):
+            self._tell_few(len(self._rows))
         self._epoch: float | None = None
         undo.callback(self._close)
 
@@ -175,6 +177,8 @@ class Ending(Extension):
                 ended = loses and worse is not None and worse > 0
                 if not ended:
                     break
+        if not self.looks and not isinstance(self._rows, Rows):
+            self._tell_few(len(now))
         self._tell_left_out(now)
         difference, error = _paired(now, present)
         self._before, self._number = now, number
@@ -202,6 +206,14 @@ class Ending(Extension):
             *(self._run.t, number, before),
         )
         return []
+
+    def _tell_few(self, number: int) -> None:
+        if number < FEWEST and self._run.ranks.rank == 0:
+            logger.warning(
+                "GradES: a look has only %d held-out losses to go by, so chance may end this run, or keep it from "
+                "ending. Pass more held-out rows; 32 to 128 were tried.",
+                number,
+            )
 
     def _tell_left_out(self, losses: list[float]) -> None:
         finite = len(_finite(losses))

@@ -20,8 +20,9 @@ from .watching import Watched
 _running = threading.local()  # whether a backward pass runs in this thread: one inside of it is no step's loss
 
 NONE_SEEN = (
-    "GradES without a tau divides gradients by the trained loss of the step, and has seen none: no backward pass began "
-    "at a loss of this model. In a loop of your own call engine.step(loss=loss), or pass a tau."
+    "GradES without a tau divides gradients by the trained loss of the step, and has seen none: since the last step no "
+    "backward pass began at a loss of this model in training mode. In a loop of your own call model.train() first, or "
+    "engine.step(loss=loss), or pass a tau."
 )
 
 

@@ -10,7 +10,18 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from ..record.history import History
-from .summary import CELLS, LOOK_HEADS, escape, facts, has_thresholds, look_rows, markdown_table, sentence, step_tables
+from .summary import (
+    CELLS,
+    LOOK_HEADS,
+    LOOKS_NOTE,
+    escape,
+    facts,
+    has_thresholds,
+    look_rows,
+    markdown_table,
+    sentence,
+    step_tables,
+)  # fmt: skip
 
 TAG = "grades"
 BEGIN, END = "<!-- grades_hf: begin -->", "<!-- grades_hf: end -->"
@@ -100,7 +111,7 @@ def grades_card_section(history: History | str | os.PathLike[str]) -> str:
     if history.events:
         parts += ["### Frozen matrices", _map(history)]
     if history.looks:
-        parts += ["### Looks at held-out rows", markdown_table(LOOK_HEADS, look_rows(history))]
+        parts += ["### Looks at held-out rows", markdown_table(LOOK_HEADS, look_rows(history)), LOOKS_NOTE]
     parts += [_folded("Options of GradES", f"```json\n{options}\n```"), "### Citation of GradES", CITATION]
     return "\n\n".join(parts) + "\n"
 

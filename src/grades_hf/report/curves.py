@@ -140,7 +140,7 @@ def plot_looks(history: History) -> Any:
     fewer = " Pale: fewer rows, whose mean is another." if any(row["opacity"] < 1 for row in rows) else ""
     subtitle = [
         f"Bar: three standard errors of the difference.{fewer}",
-        "A look ends a run if its bar is below its square, and the average has not got better.",
+        "A look ends the run if its bar is below its square, and the square above the last look's circle.",
     ]
     return layered(layers, (480, 200), "What the looks saw", subtitle)
 

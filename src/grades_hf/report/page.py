@@ -23,6 +23,7 @@ from .plots import all_plots, plot_losses
 from .runs import Run
 from .summary import (
     LOOK_HEADS,
+    LOOKS_NOTE,
     duration,
     ended_by_look,
     facts,
@@ -137,7 +138,11 @@ def _section(run: Run, charts: _Charts) -> str:
     rows = component_rows(history)
     components = [[row[head] for head in HEADS] for row in rows[:MOST_ROWS]]
     cut = f" The first {MOST_ROWS:,} of them." if len(rows) > MOST_ROWS else ""
-    looks = _table(LOOK_HEADS, look_rows(history), numbers=set(LOOK_HEADS[:7])) if history.looks else ""
+    looks = ""
+    if history.looks:
+        looks = (
+            _table(LOOK_HEADS, look_rows(history), numbers=set(LOOK_HEADS[:7])) + f'<p class="rule">{LOOKS_NOTE}</p>'
+        )
     pair = "".join(charts.figure(name, plots[name]) for name in ("votes", "looks") if name in plots)
     large = "".join(charts.figure(name, plots[name]) for name in ("freezing_map", "statistic") if name in plots)
     small = "".join(charts.figure(name, plots[name]) for name in SMALL if name in plots)

@@ -24,6 +24,7 @@ from .charts import checks, thin
 from .runs import read_history
 from .summary import (
     LOOK_HEADS,
+    LOOKS_NOTE,
     QUORUM,
     by_group,
     duration,
@@ -148,7 +149,9 @@ def _votes(history: History, *, unicode: bool) -> Iterator[Text]:
 
 def _looks(history: History) -> Table:
     """Each look, with both losses."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bright_black")
+    table = Table(
+        box=None, padding=(0, 2, 0, 0), header_style="bright_black", caption=LOOKS_NOTE, caption_justify="left"
+    )
     for head in LOOK_HEADS:
         table.add_column(head, justify="left" if head == "verdict" else "right", overflow="fold")
     for row in look_rows(history):

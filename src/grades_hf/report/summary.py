@@ -141,6 +141,10 @@ def look_losses(look: Mapping[str, Any]) -> str:
 
 
 LOOK_HEADS = ("step", "votes", "rows", "averaged", "change", "present", "difference", "verdict")
+LOOKS_NOTE = (
+    "Losses of held-out rows: with averaged weights; its change since the last look, over the rows of both; with the "
+    "weights as they are (present); averaged minus present ± standard error. What a look did not need is left empty."
+)
 
 
 def look_rows(history: History) -> Sequence[tuple[str, ...]]:
@@ -167,8 +171,8 @@ def rule(history: History) -> str:
     rise = history.config.get("rise")
     over = f"{rise:.0%} over its own minimum" if finite(rise) else "well over its own minimum"
     return (
-        f"{monitors}: a matrix votes while this statistic, smoothed, is {over}; when half of them vote, held-out rows "
-        "are looked at."
+        f"{monitors}: a matrix votes while this statistic, smoothed, is {over} (more after each look that votes have "
+        "brought). Held-out rows are looked at when half of the matrices vote, and now and then in any case."
     )
 
 

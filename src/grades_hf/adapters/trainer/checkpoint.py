@@ -57,9 +57,8 @@ def resume(engine: GradES, name: str, state: TrainerState, path: Path, args: Tra
     """
     saved = _saved(state, name)
     if saved is None:
-        logger.warning(
-            "GradES: the checkpoint of step %d was made without GradES; nothing is frozen so far.", state.global_step
-        )
+        begins = "nothing is frozen so far" if engine.ending is None else "its looks and the average begin here"
+        _say(state, "GradES: the checkpoint of step %d was made without GradES; %s.", state.global_step, begins)
         found: dict[str, Any] = {"step": state.global_step, "events": [], "criterion": {}}
     else:
         found = saved
@@ -71,10 +70,12 @@ def resume(engine: GradES, name: str, state: TrainerState, path: Path, args: Tra
     if earlier < state.global_step:
         _say(
             state,
-            "GradES: steps %d to %d were trained without GradES. What had frozen before is frozen again, and what is "
-            "compared over steps (gradients, the average of the weights) begins anew.",
+            "GradES: steps %d to %d were trained without GradES. %s begins anew.",
             earlier + 1,
             state.global_step,
+            "What had frozen before is frozen again, and what is compared over steps"
+            if engine.ending is None
+            else "The average of the weights",
         )
         tensors = {}
     engine.load_tensors(tensors)

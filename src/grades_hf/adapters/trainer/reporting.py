@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -15,8 +14,6 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from ...config import GradESConfig
 from ...engine import GradES
-
-logger = logging.getLogger(__name__)
 
 
 def _nothing() -> None:
@@ -75,8 +72,6 @@ class Reports:
             if not engine.history.logs or engine.history.logs[-1]["step"] < engine.t:
                 engine.log()
             self.write(urgent=True)
-            if not engine.done:
-                logger.info("GradES: %s", engine.conclude())
         finally:
             engine.close()
             self.engine, self.over, self.skip = None, False, False
