@@ -21,12 +21,20 @@ import datasets
 import torch
 import transformers
 import yaml
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as TRACKERS
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from grades_hf import GradES, GradESConfig
 
+logger = logging.getLogger(__name__)
+
 RENAMED = {"target_modules": "freeze_target_modules", "exclude_modules": "freeze_exclude_modules"}
+INTERRUPTED = (
+    "interrupted. The same command with --resume_from_checkpoint true goes on from the last checkpoint in output_dir, "
+    "if one has been saved."
+)
 PLAIN = (bool, int, float, str, int | None, float | None, str | None)
 
 
@@ -98,7 +106,7 @@ def parse(types: tuple[Any, ...], argv: list[str], description: str) -> tuple[An
 
 
 def check(model: Any, training: Any, dry_run: bool) -> None:
-    """Refuse a base in 4 or 8 bits where it cannot be, and find the checkpoint that `resume_from_checkpoint` means.
+    """Refuse what is not there, and find the checkpoint that `resume_from_checkpoint` means.
 
     Args:
         model: TRL's ModelConfig.
@@ -106,13 +114,16 @@ def check(model: Any, training: Any, dry_run: bool) -> None:
         dry_run: Whether nothing is really trained.
 
     Raises:
-        ValueError: the model goes by another argument, all weights shall be trained, a package or an accelerator is
-            missing, or the checkpoint is not complete.
+        ValueError: the model goes by another argument, all weights shall be trained, a package, a tracker or an
+            accelerator is missing, or the checkpoint is not complete.
     """
     if model.model_name_or_path is not None:
         raise ValueError(f"model_name_or_path={model.model_name_or_path!r}: here the argument is called --model.")
     _check_bits(model, dry_run)
     _find_checkpoint(training)
+    for name in training.report_to:
+        if name in TRACKERS and name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to={name!r} needs a package that is not installed: pip install {name}.")
 
 
 def make_directory(output: Path) -> None:
@@ -146,8 +157,11 @@ def _check_bits(model: Any, dry_run: bool) -> None:
 def _find_checkpoint(training: Any) -> None:
     resume, output = training.resume_from_checkpoint, training.output_dir
     if resume is not None and resume.lower() in ("true", "false"):
-        exists = resume.lower() == "true" and Path(output).is_dir()
-        resume = training.resume_from_checkpoint = get_last_checkpoint(output) if exists else None
+        wanted = resume.lower() == "true"
+        found = get_last_checkpoint(output) if wanted and Path(output).is_dir() else None
+        resume = training.resume_from_checkpoint = found
+        if wanted and found is None:
+            logger.info("There is no checkpoint in output_dir=%r, so training starts at step 0.", output)
     if resume is not None and not Path(resume, "trainer_state.json").is_file():  # which Trainer writes last
         raise ValueError(f"resume_from_checkpoint={resume!r} holds no complete checkpoint; pass another directory.")
 
@@ -178,7 +192,7 @@ def hushed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def command(script: str) -> Iterator[None]:
-    """Around a command: its log lines, all cores of a CPU, and a ValueError as one line and exit status 2.
+    """Around a command: its log lines, all cores of a CPU, and one line for a ValueError (status 2) or Ctrl-C (130).
 
     `accelerate launch` by itself gives one thread to a process that trains on a CPU.
     """
@@ -187,13 +201,16 @@ def command(script: str) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)  # of TRL and PEFT
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error is raised, too
     transformers.utils.logging.disable_progress_bar()
     alone = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1
     if alone and not torch.accelerator.is_available() and torch.get_num_threads() == 1:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     try:
         yield
-    except ValueError as error:
+    except (ValueError, KeyboardInterrupt) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        text = f"error: {' '.join(str(error).split())}" if not interrupted else INTERRUPTED
         if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-            sys.stderr.write(f"{script}: error: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
+            sys.stderr.write(f"{script}: {text}\n")
+        raise SystemExit(130 if interrupted else 2) from None

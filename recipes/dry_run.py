@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
 from grades_hf import GradESConfig, History
+from recipes import pypi
 from recipes.arguments import hushed, make_directory, thresholds
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def write_small_model(model: str, folder: Path) -> str:
     A local directory brings its own tokenizer. Of a hub id that is neither in the table above nor in the local cache,
     the architecture is not known, and Llama's is taken.
     """
-    local = Path(model).expanduser().is_dir()
+    local = pypi.local_model(model)
     if model in ARCHITECTURES:
         kind, (heads, keys), options = ARCHITECTURES[model]
         sizes = {"num_attention_heads": heads, "num_key_value_heads": keys, "hidden_size": heads * HEAD_DIM}

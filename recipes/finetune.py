@@ -82,10 +82,10 @@ def prepare(argv: list[str], *more: Any) -> Plan:
     if recipe.dry_run:
         pypi.go_offline()
     train, held_out, tests = rows.load(recipe, training, offline=recipe.dry_run)
-    if held_out is None and grades is not None and grades.tau is None:
+    if len(held_out or ()) < 2 and grades is not None and grades.tau is None:
         raise ValueError(
-            "held_out_rows=0, but without a tau GradES looks at the loss on held-out rows. Leave held_out_rows out, "
-            "pass eval_data, or pass a tau."
+            f"held_out_rows={len(held_out or ())}, but without a tau GradES looks at the loss on held-out rows, at "
+            "least two. Raise held_out_rows, pass eval_data, or pass a tau."
         )
     if held_out is None and str(training.eval_strategy.value) != "no":
         raise ValueError(f"eval_strategy={training.eval_strategy.value!r} needs rows: pass eval_data or held_out_rows.")

@@ -67,19 +67,30 @@ def hub_reachable(timeout: float = 5.0) -> bool:
     return False
 
 
+def local_model(model: str) -> Path | None:
+    """The directory of a model; None for a hub id.
+
+    Raises:
+        ValueError: there is no such directory, or no model in it.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model={model!r} is a directory without config.json; pass a saved model or a hub id.")
+        return path
+    if path.is_absolute() or model.startswith("."):
+        raise ValueError(f"model={model!r} is no directory; pass a saved model or a hub id.")
+    return None
+
+
 def locate_model(model: str) -> str:
     """A directory or a hub id that `from_pretrained` can load.
 
     Raises:
         ValueError: a directory without a model, or a hub id that can be had from nowhere.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"model={model!r} is a directory without config.json; pass a saved model or a hub id.")
+    if path := local_model(model):
         return str(path)
-    if path.is_absolute() or model.startswith("."):
-        raise ValueError(f"model={model!r} is no directory; pass a saved model or a hub id.")
     if hub_reachable() or isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json"), str):
         return model
     if model != PACKAGED:

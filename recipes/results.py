@@ -20,7 +20,7 @@ def of_run(trainer: Any) -> dict[str, Any]:
     if isinstance(trainer, GradESTrainerMixin):
         engine = trainer.grades_callback.engine
         assert engine is not None
-        found |= {"arm": "grades", "tau": engine.config.tau}
+        found |= {"arm": "grades", "tau": engine.config.tau, "looks": len(engine.history.looks)}
         found |= {"components": len(engine.components), "frozen": dict(engine.frozen)}
         try:
             savings = engine.savings()
@@ -37,7 +37,10 @@ def tell(results: dict[str, Any]) -> list[str]:
     lines = [f"Training made {ran} of {planned} planned steps in {results['seconds']['training']:.0f} s."]
     early = f"ended the run {planned - ran} steps early." if ran < planned else ""
     if "frozen" in results and results["tau"] is None:
-        lines.append(f"GradES {early or 'saw no reason to end the run early, so all planned steps were made.'}")
+        looked = (
+            f"saw no reason in {results['looks']} looks to end the run early" if results["looks"] else "made no look"
+        )
+        lines.append(f"GradES {early or f'{looked}, so all planned steps were made.'}")
     elif "frozen" in results:
         steps, number = sorted(results["frozen"].values()), results["components"]
         when = f", the first at step {steps[0]} and the last at step {steps[-1]}" if steps else ""
@@ -45,7 +48,8 @@ def tell(results: dict[str, Any]) -> list[str]:
         if early:
             lines.append(f"It {early}")
     if "compute" in results:
-        lines.append(f"The run used {1 - results['compute']['saved']:.1%} of the compute of all planned steps.")
+        looks = ", looks included" if results["compute"]["saved"] < 0 else ""
+        lines.append(f"The run used {1 - results['compute']['saved']:.1%} of the compute of all planned steps{looks}.")
     for name, form in (("loss", ".3f"), ("acc", ".1%"), ("acc_norm", ".1%")):
         parts = [
             f"{results['evaluation'][when][name]:{form}} {when}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ class DataArguments:
     data_config: str | None = option(None, "Configuration of a hub data set.")
     eval_data: str | None = option(None, "Held-out rows. Default: the validation split of data, or a part of data.")
     held_out_rows: int | None = option(
-        None, "Number of rows of data to hold out. Default: a tenth of them, at most 256, where none are given."
+        None,
+        "Number of rows of data to hold out. Default, where none are given: a tenth of them, or 32 if that is more "
+        "and at most a quarter; at most 256.",
     )
     train_rows: int | None = option(None, "Train on at most this many rows. Default: all.")
     prompt_column: str = option("prompt", "Name of the column with the prompt: text, or a list of messages.")
@@ -72,17 +75,18 @@ def load(arguments: Any, training: Any, offline: bool = False) -> tuple[Dataset,
         if given is not None and arguments.held_out_rows is None and arguments.eval_data is None:
             held_out = named(given, arguments)
     if arguments.eval_data is not None:
-        splits = read(arguments.eval_data, arguments.data_config)
+        splits = read(arguments.eval_data, arguments.data_config, "eval_data")
         found = next((splits[name] for name in HELD_OUT if name in splits), next(iter(splits.values())))
-        held_out = named(found, arguments)
+        held_out = named(found, arguments, "eval_data")
     train = train.shuffle(seed=training.seed if training.data_seed is None else training.data_seed)
     if held_out is None:
         number = arguments.held_out_rows
-        number = min(256, max(2, len(train) // 10), len(train) - 1) if number is None else number  # a look needs two
+        if number is None:  # a look needs two
+            number = min(256, max(2, len(train) // 10, min(32, len(train) // 4)), len(train) - 1)
         if offline and arguments.data is None:  # the example rows are few
             number = min(number, len(train) // 4)
         if not 0 <= number < len(train):
-            raise ValueError(f"held_out_rows={number} must be less than the {len(train)} rows that there are.")
+            raise ValueError(f"held_out_rows={number} must be 0 or more, and less than the {len(train)} rows of data.")
         held_out = train.select(range(number)) if number else None
         train = train.select(range(number, len(train)))
     if not training.assistant_only_loss:  # after the split, so that no conversation is on both sides
@@ -98,51 +102,53 @@ def load(arguments: Any, training: Any, offline: bool = False) -> tuple[Dataset,
     return train, held_out, tests
 
 
-def read(source: str, configuration: str | None = None) -> DatasetDict:
+def read(source: str, configuration: str | None = None, name: str = "data") -> DatasetDict:
     """All splits of a file, a directory or a hub data set; of a file it is `train` alone.
+
+    Args:
+        source: Where they are.
+        configuration: The configuration of a hub data set.
+        name: The argument that has named the source, for messages.
 
     Raises:
         ValueError: it is missing, damaged or empty.
     """
     path = Path(source).expanduser()
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if path.is_file() and suffix not in BUILDERS:
+        raise ValueError(f"{name}={source!r} has the ending {path.suffix!r}; use one of {', '.join(BUILDERS)}.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError(f"{name}={source!r} is empty.")
+    if not path.exists() and (path.is_absolute() or source.startswith(".") or path.suffix in BUILDERS):
+        raise ValueError(f"{name}={source!r} is no file or directory; check the path.")
     try:
-        if path.is_file():
-            suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-            if suffix not in BUILDERS:
-                raise ValueError(f"data={source!r} has the ending {path.suffix!r}; use one of {', '.join(BUILDERS)}.")
-            if path.stat().st_size == 0:
-                raise ValueError(f"data={source!r} is empty.")
-            if suffix == ".csv":  # all columns are text: 1. is an answer, too
-                table = pandas.read_csv(path, dtype=str, keep_default_na=False)
-                found = DatasetDict(train=Dataset.from_pandas(table, preserve_index=False))
-            else:
-                found = load_dataset(BUILDERS[suffix], data_files=str(path))
+        if path.is_file() and suffix == ".csv":  # all columns are text: 1. is an answer, too
+            table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+            found = DatasetDict(train=Dataset.from_pandas(table, preserve_index=False))
+        elif path.is_file():
+            found = load_dataset(BUILDERS[suffix], data_files=str(path))
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             saved = datasets.load_from_disk(str(path))
             found = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-        elif path.is_dir() or not (path.is_absolute() or source.startswith(".") or path.suffix in BUILDERS):
-            found = load_dataset(str(path) if path.is_dir() else source, configuration)
         else:
-            raise ValueError(f"data={source!r} is no file or directory; check the path.")
-    except (
-        OSError,
-        EOFError,
-        DatasetsError,
-        DatasetGenerationError,
-        pyarrow.ArrowException,
-        pandas.errors.ParserError,
-    ) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+            found = load_dataset(str(path) if path.is_dir() else source, configuration)
+    except (OSError, EOFError, ValueError, DatasetsError, DatasetGenerationError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".!")
         raise ValueError(
-            f"data={source!r} cannot be read: {reason}. Check the name, and that it is complete."
+            f"{name}={source!r} cannot be read: {reason}. Check the name, and that it is complete and in UTF-8."
         ) from error
     if not all(len(split) for split in found.values()):
-        raise ValueError(f"data={source!r} holds no rows.")
+        raise ValueError(f"{name}={source!r} holds no rows.")
     return found
 
 
-def named(rows: Dataset, arguments: Any) -> Dataset:
+def named(rows: Dataset, arguments: Any, source: str = "data") -> Dataset:
     """Rows with `prompt` and `completion`, with `messages`, or with `text`, and what else TRL takes.
+
+    Args:
+        rows: As they were read.
+        arguments: DataArguments.
+        source: The argument that they come from, for messages.
 
     Raises:
         ValueError: the columns are missing, or a row has nothing in them, or no conversation.
@@ -153,7 +159,7 @@ def named(rows: Dataset, arguments: Any) -> Dataset:
             break
     else:
         raise ValueError(
-            f"the rows have the columns {', '.join(rows.column_names)}, and need {names['prompt']} and "
+            f"the rows of {source} have the columns {', '.join(rows.column_names)}, and need {names['prompt']} and "
             f"{names['completion']}, or {names['messages']}, or {names['text']}. Name them with prompt_column and "
             "completion_column, messages_column or text_column."
         )
@@ -163,14 +169,14 @@ def named(rows: Dataset, arguments: Any) -> Dataset:
     for name in kind:
         if isinstance(rows.features[name], Value):  # numbers, too, are answers
             rows = rows.cast_column(name, Value("string"))
-    empty = [number for number, row in enumerate(rows, start=1) if not all(row[name] for name in kind)]
-    if empty:
-        raise ValueError(f"row {empty[0]} has nothing in {' or '.join(names[name] for name in kind)}; fill or drop it.")
+    for number, row in enumerate(rows, start=1):
+        if empty := [names[name] for name in kind if not row[name]]:
+            raise ValueError(f"row {number} of {source} has nothing in {' and '.join(empty)}; fill or drop it.")
     for number, row in enumerate(rows if kind == ("messages",) else (), start=1):
         if not (isinstance(row["messages"], list) and all(map(_is_message, row["messages"]))):
             raise ValueError(
-                f'row {number}: {names["messages"]} must be a list of {{"role": ..., "content": ...}}, and is '
-                f"{str(row['messages'])[:80]}."
+                f'row {number} of {source}: {names["messages"]} must be a list of {{"role": ..., "content": ...}}, and '
+                f"is {str(row['messages'])[:80]}."
             )
     return rows
 
@@ -222,7 +228,9 @@ def _benchmarks(arguments: Any, offline: bool) -> tuple[Dataset, dict[str, Datas
     names = arguments.task if isinstance(arguments.task, list) else re.split(r"[,\s]+", arguments.task.strip(" []"))
     unknown = [name for name in names if name not in TASKS]
     if unknown or len(set(names)) < len(names):
-        raise ValueError(f"task={','.join(names)!r} must name each benchmark once; use some of {', '.join(TASKS)}.")
+        close = difflib.get_close_matches(unknown[0], TASKS, n=1) if unknown else []
+        hint = f"Did you mean {close[0]}?" if close else f"Use some of {', '.join(TASKS)}."
+        raise ValueError(f"task={','.join(names)!r} must name benchmarks, each once. {hint}")
     train, tests = [], {}
     for name in names:
         found = splits(TASKS[name], arguments.data_dir, offline)

@@ -175,5 +175,10 @@ def test_an_error_is_one_line_of_one_process(
             raise ValueError("x=1 is bad;\n pass 2.")
         assert ended.value.code == 2
         assert capsys.readouterr().err.splitlines() == lines
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as ended, command("try.py"):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert "try.py: interrupted. The same command with --resume_from_checkpoint true" in capsys.readouterr().err
     with pytest.raises(KeyError), command("try.py"):  # a fault of the program keeps its traceback
         raise KeyError

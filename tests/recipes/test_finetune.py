@@ -102,10 +102,11 @@ def test_without_options_it_trains_and_says_what_came_of_it(
     file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith(("tau", "alp"))))
     results = finetune.main(config)
     assert results["tau"] is None
-    assert "GradES saw no reason to end the run early, so all planned steps were made." in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        finetune.main([*config, "--held_out_rows", "0"])
-    assert "held_out_rows=0, but without a tau GradES looks at the loss" in capsys.readouterr().err
+    assert "so all planned steps were made." in capsys.readouterr().out
+    for number in (0, 1):
+        with pytest.raises(SystemExit):
+            finetune.main([*config, "--held_out_rows", str(number)])
+        assert f"held_out_rows={number}, but without a tau GradES looks at the loss" in capsys.readouterr().err
 
 
 def test_a_benchmark_is_measured_by_its_accuracy(config: list[str], tmp_path: Path) -> None:
@@ -146,13 +147,21 @@ def test_a_fault_during_training_is_no_refusal(config: list[str]) -> None:
         finetune.run(plan, trainer)
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint(config: list[str], tmp_path: Path) -> None:
+def test_without_a_checkpoint_to_resume_it_says_so(config: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    assert finetune.main([*config, "--max_steps", "1", "--resume_from_checkpoint", "true"])["steps_run"] == 1
+    assert "There is no checkpoint in output_dir=" in caplog.text
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint(
+    config: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     options = [*config, "--save_strategy", "steps", "--save_steps", "3", "--tau", '{"attention": 1e9, "mlp": 1e-9}']
     whole = finetune.main([*options, "--output_dir", str(tmp_path / "whole")])
     (tmp_path / "parts").mkdir()
     os.rename(tmp_path / "whole" / "checkpoint-3", tmp_path / "parts" / "checkpoint-3")
     parts = finetune.main([*options, "--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint", "true"])
     assert parts["frozen"] == whole["frozen"] != {}
+    assert "There is no checkpoint" not in caplog.text
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -164,6 +173,9 @@ def test_a_run_goes_on_from_its_newest_checkpoint(config: list[str], tmp_path: P
         (["--tau", "0"], "tau=0 must be a finite number greater than 0"),
         (["--data", "/nowhere"], "data='/nowhere' is no file or directory"),
         (["--model", "/nowhere"], "model='/nowhere' is no directory"),
+        (["--model", "/nowhere", "--dry_run"], "model='/nowhere' is no directory"),
+        (["--model", "/", "--dry_run"], "model='/' is a directory without config.json"),
+        (["--report_to", "mlflow"], "report_to='mlflow' needs a package that is not installed: pip install mlflow"),
         (["--test_rows", "0"], "test_rows=0 must be 1 or more"),
         (["--max_length", "2"], "max_length=2 leaves no answer in any of the train rows"),
         (["--tau", '{"attention": 1.0}'], "without a threshold"),

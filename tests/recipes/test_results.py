@@ -8,7 +8,7 @@ from recipes.results import side_by_side, tell
 
 RUN: dict[str, Any] = {
     "steps_run": 6, "steps_planned": 8, "seconds": {"training": 61.4}, "frozen": {"a": 4, "b": 6}, "components": 3,
-    "compute": {"saved": 0.25}, "tau": 0.5,
+    "compute": {"saved": 0.25}, "tau": 0.5, "looks": 3,
     "evaluation": {"task": "siqa", "before": {"loss": 4.0}, "after": {"loss": 3.0, "acc": 0.5}},
 }  # fmt: skip
 
@@ -24,8 +24,12 @@ def test_a_run_in_sentences() -> None:
     ]
     looked = {**RUN, "frozen": {}, "tau": None}
     assert tell(looked)[1] == "GradES ended the run 2 steps early."
-    whole = {**looked, "steps_run": 8}
-    assert tell(whole)[1] == "GradES saw no reason to end the run early, so all planned steps were made."
+    whole = {**looked, "steps_run": 8, "compute": {"saved": -0.05}}
+    assert tell(whole)[1:3] == [
+        "GradES saw no reason in 3 looks to end the run early, so all planned steps were made.",
+        "The run used 105.0% of the compute of all planned steps, looks included.",
+    ]
+    assert tell({**whole, "looks": 0})[1] == "GradES made no look, so all planned steps were made."
     assert not [line for line in tell(whole) if "froze" in line]
     assert tell({**RUN, "steps_run": 8, "frozen": {}})[1] == "GradES froze 0 of 3 matrices."
     plain = {name: value for name, value in whole.items() if name not in ("frozen", "compute", "tau")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +56,7 @@ def write(kind: str, folder: Path) -> Path:
 def test_every_kind_of_source_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
     train, held_out, tests = load(data=str(write(kind, tmp_path / "source")))
     assert held_out is not None
-    assert (len(train), len(held_out), tests) == (18, 2, {})  # a tenth is held out
+    assert (len(train), len(held_out), tests) == (15, 5, {})  # a quarter is held out, since that is less than 32
     found = sorted([*train, *held_out], key=lambda row: int(row["prompt"].split()[1]))
     assert found == PAIRS
 
@@ -145,17 +146,17 @@ def test_no_conversation_is_trained_on_and_held_out(tmp_path: Path, caplog: pyte
     ("content", "options", "message"),
     [
         (PAIRS, {"prompt_column": "question"}, "have the columns .*prompt.* and need question and completion, or"),
-        ([{"prompt": "", "completion": "b"}], {}, "row 1 has nothing in prompt or completion"),
+        ([{"prompt": "", "completion": "b"}], {}, "row 1 of data has nothing in prompt"),
         ([{"messages": [{"role": "user", "content": "a"}]}], {}, "has an answer whose role is 'assistant'"),
-        ([{"messages": "hello"}], {}, "row 1: messages must be a list of .*, and is hello"),
-        ([{"messages": [{"content": "a"}]}], {}, "row 1: messages must be a list of"),
-        ([{"messages": [{"role": "user", "text": "a"}]}], {}, "row 1: messages must be a list of"),
-        ([{"messages": [{"role": "user", "content": None}]}], {}, "row 1: messages must be a list of"),
-        (PAIRS, {"held_out_rows": 20}, "held_out_rows=20 must be less than the 20 rows"),
+        ([{"messages": "hello"}], {}, "row 1 of data: messages must be a list of .*, and is hello"),
+        ([{"messages": [{"content": "a"}]}], {}, "row 1 of data: messages must be a list of"),
+        ([{"messages": [{"role": "user", "text": "a"}]}], {}, "row 1 of data: messages must be a list of"),
+        ([{"messages": [{"role": "user", "content": None}]}], {}, "row 1 of data: messages must be a list of"),
+        (PAIRS, {"held_out_rows": 20}, "held_out_rows=20 must be 0 or more, and less than the 20 rows"),
         (PAIRS, {"held_out_rows": -1}, "held_out_rows=-1 must be"),
         (PAIRS, {"train_rows": 0}, "train_rows=0 must be 1 or more"),
         (PAIRS, {"task": "siqa"}, "pass --data with your own rows, or --task"),
-        (PAIRS, {"eval_data": "nowhere.jsonl"}, "data='nowhere.jsonl' is no file or directory"),
+        (PAIRS, {"eval_data": "nowhere.jsonl"}, "^eval_data='nowhere.jsonl' is no file or directory"),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused(
@@ -188,6 +189,18 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
         load()
     with pytest.raises(ValueError, match="is empty"):
         load(data=str(write_jsonl(tmp_path / "empty.jsonl", [])))
+    (tmp_path / "blank.jsonl").write_text("\n\n", encoding="utf-8")
+    (tmp_path / "latin.csv").write_bytes("prompt,completion\ncaf\u00e9,b\n".encode("latin-1"))
+    (tmp_path / "folder").mkdir()
+    for name in ("blank.jsonl", "latin.csv", "folder"):
+        with pytest.raises(ValueError, match=rf"^data='.*{name}' cannot be read: .* in UTF-8\."):
+            load(data=str(tmp_path / name))
+
+
+def test_how_many_rows_are_held_out_where_nobody_says(tmp_path: Path) -> None:
+    for number, held in ((2, 1), (3, 2), (10, 2), (40, 10), (200, 32), (1000, 100), (3000, 256)):
+        train, held_out, _ = load(data=str(write_jsonl(tmp_path / f"{number}.jsonl", PAIRS[:1] * number)))
+        assert (len(train), len(held_out or ())) == (number - held, held)
 
 
 # --- benchmarks ----------------------------------------------------------------------------------------------------
@@ -207,8 +220,8 @@ def test_benchmarks_are_mixed(tmp_path: Path) -> None:
     assert (len(train), list(tests)) == (14, ["arc_easy", "piqa"])
     kinds = {row["prompt"].split()[1] for row in train}
     assert kinds == {"arc_easy", "piqa"}
-    for task in ("siqa,siqa", "siqa,squad"):
-        with pytest.raises(ValueError, match=f"task='{task}' must name each benchmark once; use some of boolq"):
+    for task, hint in (("siqa,siqa", "Use some of boolq"), ("siqa,sqad", "Did you mean siqa"), ("?", "Use some of")):
+        with pytest.raises(ValueError, match=re.escape(f"task='{task}' must name benchmarks, each once. {hint}")):
             load(task=task, data_dir=str(tmp_path))
 
 
