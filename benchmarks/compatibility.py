@@ -21,9 +21,10 @@ TARGET = Path(__file__).parents[1] / "docs" / "compatibility.md"
 HEADER = """# What works with GradES
 
 Made from a run of the test suite by `make compatibility`; the tests check that this page lists what they mark. Each row
-is shown by the tests that it names, and is here because they passed.
+is shown by the tests that it names. They passed, or were skipped where the row says "not run".
 
-* **works**: matrices freeze exactly as in Algorithm 1, and the work for them is saved.
+* **works**: with a tau, matrices freeze exactly as in Algorithm 1, and the work for them is saved. Without one,
+  looks end the run as [Concepts](concepts.md) says.
 * **works, saves no work**: training and freezing are right, but frozen matrices cost what they did.
 * **refused**: an error before training says why, and what to do instead.
 * **not run**: the tests were skipped where this page was made.

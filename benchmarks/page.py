@@ -118,11 +118,11 @@ def looks(row: dict[str, Any]) -> str:
     number, steps = looks_due(), row["look_steps"]["median"]
     return (
         f"Without a tau, a pass over {row['look_rows']} held-out rows (eight at once, each as long as those that are "
-        f"trained on) takes as long as {steps:.0f} of these small steps. A look takes a quarter of it where the run "
-        f"clearly learns, and at most two; in the runs of the race that went on to their end it took {passes():.2f} in "
-        f"the mean. {number} looks are due in such a run, and at most {MOST} are made: {number} of the mean take "
-        f"{percent(looks_share(row, 1_000))} of a run of 1,000 such steps and {percent(looks_share(row, 10_000))} of "
-        "one of 10,000.\n"
+        f"trained on) takes as long as {steps:.0f} of these small steps. A look takes a quarter of such a pass where "
+        f"the run clearly learns, and at most two passes. In the runs of the race that went on to their end it took "
+        f"{passes():.2f} of a pass on average. About {number} looks are due in such a run, and at most {MOST} are "
+        f"made. {number} average looks take {percent(looks_share(row, 1_000))} of a run of 1,000 such steps, and "
+        f"{percent(looks_share(row, 10_000))} of one of 10,000.\n"
     )
 
 

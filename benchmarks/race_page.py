@@ -232,6 +232,7 @@ def meaning(rows: Sequence[Row]) -> str:
     helped = [own for own in found.values() if beyond(-own["es"].loss, own["es"].error)]
     runs = sum(len(own["default"].runs) for own in found.values())
     ended = [own["default"].compute - 1 for own in found.values() if own["default"].end == 1]
+    most, dearest = max((own["default"].compute - own["default"].end, setting) for setting, own in found.items())
     worse, gain, cost, whole = (
         {arm: of(arm) for arm in ("default", "schedule alone", "es")}
         for of in (
@@ -247,12 +248,13 @@ def meaning(rows: Sequence[Row]) -> str:
         f"**It helps where a model overfits.** In the {len(helped)} settings where early stopping helps, the default "
         f"lowers the test loss by {gain['default']} on average, for {cost['default']} of the full run's compute. Early "
         f"stopping lowers it by {gain['es']}, for {cost['es']}.",
-        f"**It costs something where a model does not overfit.** All planned steps are made, and the looks add "
-        f"{100 * min(ended):.0f} to {100 * max(ended):.0f} % to them. The shorter the run, the more.",
-        f"**The gradients add little.** Looks at fixed times, with no gradient measured (`schedule alone`), were worse "
-        f"in {worse['schedule alone']}, and lower the test loss by {gain['schedule alone']} for "
-        f"{cost['schedule alone']} where early stopping helps. Over all they take {whole['schedule alone']} of "
-        f"the full compute, the default {whole['default']}. What makes the default safe is the look.",
+        f"**It costs something where a model does not overfit.** Where all planned steps were made, the looks "
+        f"add {100 * min(ended):.0f} to {100 * max(ended):.0f} % to them. The shorter the run, the more: at most "
+        f"{100 * most:.0f} % of the full compute, in {dearest}.",
+        f"**The gradients add little.** The arm `schedule alone` looks at fixed times and measures no gradient. It was "
+        f"worse than all planned steps in {worse['schedule alone']}. Where early stopping helps, it lowers the test "
+        f"loss by {gain['schedule alone']} for {cost['schedule alone']} of the compute. Over all settings it takes "
+        f"{whole['schedule alone']}, and the default {whole['default']}. What makes the default safe is the look.",
         "**Where validation is cheap beside training, validate.** With a hundred held-out rows and thousands of steps, "
         "early stopping costs no more than looks, and may end sooner.",
     )

@@ -146,7 +146,7 @@ def _check_bits(model: Any, dry_run: bool) -> None:
     if not model.use_peft:
         raise ValueError(f"{name}=True and use_peft=False: such weights cannot be trained. Pass --use_peft true.")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"{name}=True needs bitsandbytes: pip install 'grades-hf[bnb]'.")
+        raise ValueError(f"{name}=True needs bitsandbytes: pip install -c constraints.txt -e '.[bnb]'.")
     if not torch.accelerator.is_available() and not dry_run:
         raise ValueError(
             f"{name}=True needs an accelerator: on a CPU bitsandbytes repacks the weights at the first evaluation, and "

@@ -65,13 +65,14 @@ def load_rows(data_dir: str | None, split: str, number: int | None) -> Dataset:
         raise ValueError("data_dir is missing: pass the directory that holds train.parquet and validation.parquet.")
     file = Path(data_dir) / f"{split}.parquet"
     if not file.is_file():
-        raise ValueError(f"data_dir={data_dir!r} holds no {file.name}.")
+        raise ValueError(f"data_dir={data_dir!r} holds no {file.name}. Pass the directory that does.")
     rows = read(str(file))["train"]
     missing = [name for name in COLUMNS if name not in rows.column_names]
     if missing:
-        raise ValueError(f"{file} lacks the column {missing[0]!r}; it has {', '.join(rows.column_names)}.")
+        raise ValueError(f"data_dir: {file} lacks the column {missing[0]!r}; it has {', '.join(rows.column_names)}.")
     if number is not None and number < 1:
-        raise ValueError(f"train_rows or test_rows={number} must be 1 or more.")
+        name = "train_rows" if split == "train" else "test_rows"
+        raise ValueError(f"{name}={number} must be 1 or more.")
     rows = rows.select_columns(list(COLUMNS)).cast_column("image", Image(mode="RGB"))
     rows = rows if number is None else rows.select(range(min(number, len(rows))))
     asked = [[{"role": "user", "content": str(text)}] for text in rows["question"]]

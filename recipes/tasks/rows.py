@@ -32,7 +32,9 @@ class DataArguments:
 
     data: str | None = option(None, "Your rows: a JSONL, JSON, CSV or Parquet file, a directory, or a hub data set.")
     data_config: str | None = option(None, "Configuration of a hub data set.")
-    eval_data: str | None = option(None, "Held-out rows. Default: the validation split of data, or a part of data.")
+    eval_data: str | None = option(
+        None, "Held-out rows. Default: the validation, dev or test split of data, or a part of data."
+    )
     held_out_rows: int | None = option(
         None,
         "Number of rows of data to hold out. Default, where none are given: a tenth of them, or 32 if that is more "
@@ -118,7 +120,7 @@ def read(source: str, configuration: str | None = None, name: str = "data") -> D
     if path.is_file() and suffix not in BUILDERS:
         raise ValueError(f"{name}={source!r} has the ending {path.suffix!r}; use one of {', '.join(BUILDERS)}.")
     if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"{name}={source!r} is empty.")
+        raise ValueError(f"{name}={source!r} is empty. Pass a file with rows.")
     if not path.exists() and (path.is_absolute() or source.startswith(".") or path.suffix in BUILDERS):
         raise ValueError(f"{name}={source!r} is no file or directory; check the path.")
     try:
@@ -138,7 +140,7 @@ def read(source: str, configuration: str | None = None, name: str = "data") -> D
             f"{name}={source!r} cannot be read: {reason}. Check the name, and that it is complete and in UTF-8."
         ) from error
     if not all(len(split) for split in found.values()):
-        raise ValueError(f"{name}={source!r} holds no rows.")
+        raise ValueError(f"{name}={source!r} holds a split without rows. Pass one that has some.")
     return found
 
 
@@ -201,7 +203,9 @@ def by_answer(rows: Dataset) -> Dataset:
         return rows
     found = rows.map(_turns, batched=True, remove_columns=rows.column_names)
     if not len(found):
-        raise ValueError("messages: no conversation has an answer whose role is 'assistant'.")
+        raise ValueError(
+            "messages_column: no conversation has an answer whose role is 'assistant'. Name another column."
+        )
     silent = sum(not _turns({"messages": [messages]})["prompt"] for messages in rows["messages"])
     if silent:
         what = "conversation has" if silent == 1 else "conversations have"
@@ -228,7 +232,7 @@ def _benchmarks(arguments: Any, offline: bool) -> tuple[Dataset, dict[str, Datas
     names = arguments.task if isinstance(arguments.task, list) else re.split(r"[,\s]+", arguments.task.strip(" []"))
     unknown = [name for name in names if name not in TASKS]
     if unknown or len(set(names)) < len(names):
-        close = difflib.get_close_matches(unknown[0], TASKS, n=1) if unknown else []
+        close = difflib.get_close_matches(unknown[0], TASKS, n=1, cutoff=0.7) if unknown else []
         hint = f"Did you mean {close[0]}?" if close else f"Use some of {', '.join(TASKS)}."
         raise ValueError(f"task={','.join(names)!r} must name benchmarks, each once. {hint}")
     train, tests = [], {}

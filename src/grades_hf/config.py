@@ -103,7 +103,7 @@ class GradESConfig:
             "a number in [0, 1): the part of the run in which nothing freezes (the paper uses 0.55; 1 would never "
             "freeze anything)",
         ),
-        """Grace ratio in [0, 1). Nothing freezes, and no look is proposed, at the first ceil(alpha * T) optimizer
+        """Grace ratio in [0, 1). Nothing freezes, and no look is made, at the first ceil(alpha * T) optimizer
         steps, computed in decimal arithmetic: 0.55 of 100 steps are 55. Default: 0.5 with a tau, else 0.""",
     )
     monitor: str = _option(
@@ -154,8 +154,8 @@ class GradESConfig:
     rise: float = _option(
         0.2,
         number(lambda value: value > 0, "a finite number greater than 0: a part of the minimum"),
-        """The part by which the smoothed statistic must have risen over its own minimum, in half of the components,
-        before they propose the first look. For each look that they propose again it takes 1.5 times as much.""",
+        """How far the smoothed statistic must have risen over its own minimum, in half of the components, before they
+        propose the first look: 0.2 is 1.2 times the minimum. Each proposal makes this ratio 1.5 times as large.""",
         only="look",
     )
     look_rows: int = _option(

@@ -40,7 +40,7 @@ def conclude(run: GradES) -> str:
     live = {c.name: c.tau for c in run.live if c.tau is not None}
     nearest = min(((value / live[n], n) for n, value in run.history.latest().items() if n in live), default=None)
     if nearest is not None:
-        line += f"; nearest to its tau of those still trained: {nearest[1]} at {nearest[0]:.3g} x tau"
+        line += f"; of those still trained {nearest[1]} is nearest to its tau, at {nearest[0]:.3g} x tau"
     return line + "."
 
 
@@ -82,12 +82,12 @@ def warn_if_nothing_can_happen(run: GradES) -> None:
         run.total_steps, run.t_grace, run.config.check_every, first=not first, late=run.config.delay_transfer
     )
     if checks < run.config.patience:
-        what = "nothing can freeze" if run.ending is None else "no look can be proposed"
+        what = "nothing can freeze" if run.ending is None else "no look can be made"
+        patience = f", patience={run.config.patience}" if run.ending is None else ""
         logger.warning(
             "GradES: %s in this run: the first %d of %d steps are the grace period (alpha=%g), and after it "
-            "there are %d checks that can decide (check_every=%d, patience=%d).",
-            what, run.t_grace, run.total_steps, run.config.alpha, checks, run.config.check_every,
-            run.config.patience,
+            "there are %d checks that can decide (check_every=%d%s). Lower these, or train for more steps.",
+            what, run.t_grace, run.total_steps, run.config.alpha, checks, run.config.check_every, patience,
         )  # fmt: skip
 
 

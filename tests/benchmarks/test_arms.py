@@ -231,7 +231,7 @@ def test_observe_records_and_freezes_nothing(config: list[str], tmp_path: Path) 
         (["--arm", "peer"], "peer_tau is missing"),
         (["--arm", "none", "--observe", "true"], "observe=True records the statistic of GradES; arm='none' has none"),
         (["--arm", "stop", "--alpha", "0"], "must be a number in (0, 1]: the part of the steps that arm='stop' makes"),
-        (["--task", "siqa,siqa"], "must name each benchmark once"),
+        (["--task", "siqa,siqa"], "must name benchmarks, each once"),
     ],
 )
 def test_what_cannot_be_is_refused(options: list[str], message: str, config: list[str]) -> None:

@@ -137,7 +137,7 @@ def test_a_failing_cell_is_named_and_the_others_are_run(
         (["--arms", "a/b=none", "--tasks", "siqa"], "arms: 'a/b=none' must be an arm"),
         (["--arms", "x=--tau 1", "--tasks", "siqa"], "must be an arm, or a name and an arm"),
         (["--arms", "all", "--tasks", "siqa"], "arm='all' is unknown"),
-        (["--arms", "none", "--tasks", "squad"], "task='squad' must name each benchmark once; use some of"),
+        (["--arms", "none", "--tasks", "squad"], "task='squad' must name benchmarks, each once. Use some of"),
         (["--arms", "none", "--tasks", "siqa", "--tao", "1"], "'--tao' is unknown. Did you mean --tau"),
         (["--arms", "peer", "--tasks", "siqa"], "peer_tau is missing"),
         (["--arms", "none", "--tasks", "siqa", "--report_only"], "no cell has ended"),

@@ -207,7 +207,8 @@ def test_no_look_can_be_proposed(caplog):
     model = toy.build("full")
     GradES(model, GradESConfig(alpha=0.99), total_steps=12, held_out=lambda model: torch.ones(2)).close()
     (line,) = messages(caplog)
-    assert "no look can be proposed" in line
+    assert "no look can be made" in line
+    assert "check_every=1). Lower these, or train for more steps." in line
 
 
 # --- values out of range -----------------------------------------------------------------------------------------
@@ -292,7 +293,11 @@ class Body:
         self.model_body = toy.build("full")
 
 
-@pytest.mark.compatibility("Client trainers", "SetFit (its callback gets an object that is no nn.Module)", "refused")
+@pytest.mark.compatibility(
+    "Client trainers",
+    "GradES() with an object that is no nn.Module, such as the one that SetFit's callbacks get",
+    "refused",
+)
 @pytest.mark.parametrize("model", [None, 3, "gpt2", Body(), {"a": 1}, [nn.Linear(2, 2)], nn.Linear])
 def test_what_is_no_module_is_refused_in_a_sentence(model):
     with pytest.raises(ValueError, match=r"is no torch\.nn\.Module\. Pass the module that is trained") as error:

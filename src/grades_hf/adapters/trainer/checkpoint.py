@@ -57,7 +57,9 @@ def resume(engine: GradES, name: str, state: TrainerState, path: Path, args: Tra
     """
     saved = _saved(state, name)
     if saved is None:
-        begins = "nothing is frozen so far" if engine.ending is None else "its looks and the average begin here"
+        begins = (
+            "nothing is frozen so far" if engine.ending is None else "looks and the average of the weights begin here"
+        )
         _say(state, "GradES: the checkpoint of step %d was made without GradES; %s.", state.global_step, begins)
         found: dict[str, Any] = {"step": state.global_step, "events": [], "criterion": {}}
     else:

@@ -168,7 +168,9 @@ class _Metric(_Loss):
     def __init__(self, trainer: Trainer, name: str) -> None:
         super().__init__(trainer)
         if trainer.compute_metrics is None:
-            raise ValueError(f"look_metric={name!r} needs a trainer with compute_metrics, and this one has none.")
+            raise ValueError(
+                f"look_metric={name!r} needs a trainer with compute_metrics. Pass compute_metrics, or leave it out."
+            )
         self._key = name.removeprefix("eval_")
         args = trainer.args
         known = (args.metric_for_best_model or "").removeprefix("eval_") == self._key
@@ -184,7 +186,8 @@ class _Metric(_Loss):
         found = trainer.compute_metrics(EvalPrediction(predictions=_arrays(logits), label_ids=_arrays(labels)))
         if self._key not in found:
             raise ValueError(
-                f"look_metric={self._key!r} is none of what compute_metrics returns: {', '.join(map(str, found))}."
+                f"look_metric={self._key!r} is not among what compute_metrics returns. Use one of "
+                f"{', '.join(map(str, found))}."
             )
         return torch.tensor(self._sign * float(found[self._key]))
 

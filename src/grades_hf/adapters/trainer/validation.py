@@ -60,8 +60,8 @@ def skips(config: GradESConfig, args: TrainingArguments, trainer: Trainer | None
             loaded = ""
             if args.load_best_model_at_end:
                 loaded = (
-                    ". At the end the checkpoint with the best evaluation is loaded, as ever; if GradES ends the run, "
-                    "the last of them is what it returns"
+                    ". At the end Trainer loads the checkpoint with the best evaluation; if GradES ends the run, the "
+                    "last checkpoint holds the weights that GradES returns"
                 )
             logger.warning("GradES: scheduled evaluations are run as usual, since %s needs them%s.", needs, loaded)
         else:
