@@ -152,7 +152,10 @@ def test_thresholds_of_a_model() -> None:
     ("options", "message"),
     [
         (["--load_in_4bit", "true"], "load_in_4bit=True and use_peft=False: such weights cannot be trained"),
-        (["--load_in_8bit", "true", "--use_peft", "true"], r"needs bitsandbytes: pip install -c constraints.txt -e '.\[bnb\]'"),
+        (
+            ["--load_in_8bit", "true", "--use_peft", "true"],
+            r"needs bitsandbytes: pip install -c constraints.txt -e '.\[bnb\]'",
+        ),
         (["--load_in_4bit", "true", "--use_peft", "true"], "load_in_4bit=True needs an accelerator"),
     ],
 )
