@@ -23,6 +23,7 @@ import transformers
 import yaml
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as TRACKERS
 from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
@@ -122,7 +123,9 @@ def check(model: Any, training: Any, dry_run: bool) -> None:
     _check_bits(model, dry_run)
     _find_checkpoint(training)
     for name in training.report_to:
-        if name in TRACKERS and name not in get_available_reporting_integrations():
+        if name not in TRACKERS:
+            raise ValueError(f"report_to={name!r} is unknown. Use all, none, or some of {', '.join(TRACKERS)}.")
+        if name not in get_available_reporting_integrations():
             raise ValueError(f"report_to={name!r} needs a package that is not installed: pip install {name}.")
 
 
@@ -164,6 +167,11 @@ def _find_checkpoint(training: Any) -> None:
             logger.info("There is no checkpoint in output_dir=%r, so training starts at step 0.", output)
     if resume is not None and not Path(resume, "trainer_state.json").is_file():  # which Trainer writes last
         raise ValueError(f"resume_from_checkpoint={resume!r} holds no complete checkpoint; pass another directory.")
+    made = 0 if resume is None else TrainerState.load_from_json(str(Path(resume, "trainer_state.json"))).global_step
+    if 0 < training.max_steps < made:
+        raise ValueError(
+            f"max_steps={training.max_steps}, but {resume} has made {made} steps already. Raise max_steps."
+        )
 
 
 def thresholds(model: Any, grades: GradESConfig) -> dict[str, float]:

@@ -237,6 +237,8 @@ def test_a_metric_is_looked_at_where_the_user_asks(tmp_path):
     overfit.trainer(llama(), tmp_path, [callback], extra=extra, **SHORT).train()
     assert -1 <= callback.engine.ending.looks[0]["average_loss"] <= 0
     wrong = overfit.trainer(llama(), tmp_path, [GradESCallback(look_metric="f1")], extra=extra, **SHORT)
-    with pytest.raises(ValueError, match="look_metric='f1' is none of what compute_metrics returns: accuracy"):
+    with pytest.raises(
+        ValueError, match="look_metric='f1' is not among what compute_metrics returns. Use one of accuracy"
+    ):
         wrong.train()
     assert wrong.state.global_step == 0
