@@ -37,9 +37,8 @@ def tell(results: dict[str, Any]) -> list[str]:
     lines = [f"Training made {ran} of {planned} planned steps in {results['seconds']['training']:.0f} s."]
     early = f"ended the run {planned - ran} steps early." if ran < planned else ""
     if "frozen" in results and results["tau"] is None:
-        looked = (
-            f"saw no reason in {results['looks']} looks to end the run early" if results["looks"] else "made no look"
-        )
+        looks = {0: "made no look", 1: "saw no reason in one look to end the run early"}
+        looked = looks.get(results["looks"], f"saw no reason in {results['looks']} looks to end the run early")
         lines.append(f"GradES {early or f'{looked}, so all planned steps were made.'}")
     elif "frozen" in results:
         steps, number = sorted(results["frozen"].values()), results["components"]
@@ -48,8 +47,10 @@ def tell(results: dict[str, Any]) -> list[str]:
         if early:
             lines.append(f"It {early}")
     if "compute" in results:
-        looks = ", looks included" if results["compute"]["saved"] < 0 else ""
-        lines.append(f"The run used {1 - results['compute']['saved']:.1%} of the compute of all planned steps{looks}.")
+        included = ", looks included" if results["compute"]["saved"] < 0 else ""
+        lines.append(
+            f"The run used {1 - results['compute']['saved']:.1%} of the compute of all planned steps{included}."
+        )
     for name, form in (("loss", ".3f"), ("acc", ".1%"), ("acc_norm", ".1%")):
         parts = [
             f"{results['evaluation'][when][name]:{form}} {when}"

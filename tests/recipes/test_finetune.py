@@ -162,6 +162,9 @@ def test_a_run_goes_on_from_its_newest_checkpoint(
     parts = finetune.main([*options, "--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint", "true"])
     assert parts["frozen"] == whole["frozen"] != {}
     assert "There is no checkpoint" not in caplog.text
+    with pytest.raises(ValueError, match=r"max_steps=2, but .*checkpoint-\d+ has made \d+ steps already"):
+        output = ["--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint", "true"]
+        finetune.prepare([*options, *output, "--max_steps", "2"])
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -175,6 +178,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(
         (["--model", "/nowhere"], "model='/nowhere' is no directory"),
         (["--model", "/nowhere", "--dry_run"], "model='/nowhere' is no directory"),
         (["--model", "/", "--dry_run"], "model='/' is a directory without config.json"),
+        (["--report_to", "wandb,foo"], "report_to='wandb,foo' is unknown. Use all, none, or some of"),
         (["--report_to", "mlflow"], "report_to='mlflow' needs a package that is not installed: pip install mlflow"),
         (["--test_rows", "0"], "test_rows=0 must be 1 or more"),
         (["--max_length", "2"], "max_length=2 leaves no answer in any of the train rows"),

@@ -29,6 +29,7 @@ def test_a_run_in_sentences() -> None:
         "GradES saw no reason in 3 looks to end the run early, so all planned steps were made.",
         "The run used 105.0% of the compute of all planned steps, looks included.",
     ]
+    assert tell({**whole, "looks": 1})[1].startswith("GradES saw no reason in one look to end")
     assert tell({**whole, "looks": 0})[1] == "GradES made no look, so all planned steps were made."
     assert not [line for line in tell(whole) if "froze" in line]
     assert tell({**RUN, "steps_run": 8, "frozen": {}})[1] == "GradES froze 0 of 3 matrices."
