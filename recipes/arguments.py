@@ -159,6 +159,7 @@ def _check_bits(model: Any, dry_run: bool) -> None:
 
 def _find_checkpoint(training: Any) -> None:
     resume, output = training.resume_from_checkpoint, training.output_dir
+    resume = None if resume is None else str(resume)  # YAML's true is a bool
     if resume is not None and resume.lower() in ("true", "false"):
         wanted = resume.lower() == "true"
         found = get_last_checkpoint(output) if wanted and Path(output).is_dir() else None
@@ -168,7 +169,7 @@ def _find_checkpoint(training: Any) -> None:
     if resume is not None and not Path(resume, "trainer_state.json").is_file():  # which Trainer writes last
         raise ValueError(f"resume_from_checkpoint={resume!r} holds no complete checkpoint; pass another directory.")
     made = 0 if resume is None else TrainerState.load_from_json(str(Path(resume, "trainer_state.json"))).global_step
-    if 0 < training.max_steps < made:
+    if 0 < training.max_steps <= made:  # Trainer might make one step more
         raise ValueError(
             f"max_steps={training.max_steps}, but {resume} has made {made} steps already. Raise max_steps."
         )

@@ -153,6 +153,7 @@ def fitting(grades: GradESConfig, trainer: Any) -> GradESConfig:
     """
     tau = thresholds(trainer.model, grades)
     trainer.grades_callback.config = dataclasses.replace(grades, tau=torch.finfo(torch.float64).tiny)
+    logger.info("A first run freezes nothing, to see the values of the statistic.")
     with hushed(), quiet():
         trainer.train()
     history: History = trainer.grades_callback.engine.history
@@ -166,7 +167,6 @@ def fitting(grades: GradESConfig, trainer: Any) -> GradESConfig:
         logger.info("In %d steps nothing can freeze: alpha, patience or check_every leave no check for it.", STEPS)
         return grades
     factor = statistics.median(lows)
-    logger.info("A first run froze nothing, to see the values of the statistic.")
     logger.info("The thresholds are multiplied by %.3g, since the small model's gradients have another size.", factor)
     given: Any = grades.tau
     scaled = {key: value * factor for key, value in given.items()} if isinstance(given, dict) else given * factor

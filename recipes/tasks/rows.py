@@ -121,11 +121,13 @@ def read(source: str, configuration: str | None = None, name: str = "data") -> D
         raise ValueError(f"{name}={source!r} has the ending {path.suffix!r}; use one of {', '.join(BUILDERS)}.")
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"{name}={source!r} is empty. Pass a file with rows.")
-    if not path.exists() and (path.is_absolute() or source.startswith(".") or path.suffix in BUILDERS):
+    if not path.exists() and (path.is_absolute() or source.startswith(".") or suffix in BUILDERS):
         raise ValueError(f"{name}={source!r} is no file or directory; check the path.")
     try:
         if path.is_file() and suffix == ".csv":  # all columns are text: 1. is an answer, too
             table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+            if not isinstance(table.index, pandas.RangeIndex):  # pandas takes the first column for an index then
+                raise ValueError("its rows have more fields than its header. Quote fields with commas")
             found = DatasetDict(train=Dataset.from_pandas(table, preserve_index=False))
         elif path.is_file():
             found = load_dataset(BUILDERS[suffix], data_files=str(path))

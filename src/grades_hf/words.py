@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+OBSERVING = 1e9  # times tau: such a tau only observes, and what is nearest to it says nothing
+
 
 def describe(run: GradES) -> str:
     """What is tracked and how, in one line."""
@@ -39,7 +41,7 @@ def conclude(run: GradES) -> str:
         line += f", between steps {min(run.frozen.values())} and {max(run.frozen.values())}"
     live = {c.name: c.tau for c in run.live if c.tau is not None}
     nearest = min(((value / live[n], n) for n, value in run.history.latest().items() if n in live), default=None)
-    if nearest is not None:
+    if nearest is not None and nearest[0] < OBSERVING:
         line += f"; of those still trained {nearest[1]} is nearest to its tau, at {nearest[0]:.3g} x tau"
     return line + "."
 

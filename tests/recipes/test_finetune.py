@@ -152,6 +152,13 @@ def test_without_a_checkpoint_to_resume_it_says_so(config: list[str], caplog: py
     assert "There is no checkpoint in output_dir=" in caplog.text
 
 
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_yaml_may_say_whether_to_resume(value: str, config: list[str], tmp_path: Path) -> None:
+    with (tmp_path / "run.yaml").open("a", encoding="utf-8") as file:
+        file.write(f"\nresume_from_checkpoint: {value}\n")
+    assert finetune.prepare(config).training.resume_from_checkpoint is None
+
+
 def test_a_run_goes_on_from_its_newest_checkpoint(
     config: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

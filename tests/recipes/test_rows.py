@@ -191,8 +191,11 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
         load(data=str(write_jsonl(tmp_path / "empty.jsonl", [])))
     (tmp_path / "blank.jsonl").write_text("\n\n", encoding="utf-8")
     (tmp_path / "latin.csv").write_bytes("prompt,completion\ncaf\u00e9,b\n".encode("latin-1"))
+    (tmp_path / "shifted.csv").write_text("prompt,completion\nWho?,yes, sir\nWhat?,no, sir\n", encoding="utf-8")
     (tmp_path / "folder").mkdir()
-    for name in ("blank.jsonl", "latin.csv", "folder"):
+    with pytest.raises(ValueError, match=r"nope.jsonl.gz' is no file or directory"):
+        load(data=str(tmp_path / "nope.jsonl.gz"))
+    for name in ("blank.jsonl", "latin.csv", "shifted.csv", "folder"):
         with pytest.raises(ValueError, match=rf"^data='.*{name}' cannot be read: .* in UTF-8\."):
             load(data=str(tmp_path / name))
 

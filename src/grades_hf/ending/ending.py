@@ -178,7 +178,7 @@ class Ending(Extension):
                 if not ended:
                     break
         if not self.looks and not isinstance(self._rows, Rows):
-            self._tell_few(len(now))
+            self._tell_few(len(_finite(now)))
         self._tell_left_out(now)
         difference, error = _paired(now, present)
         self._before, self._number = now, number
